@@ -29,6 +29,8 @@ _LONGEST: Final = 200  # characters of a name in a header
 SOLD: Final = b'"sold":'  # the last field of a header: what was sold, to whom a price belongs
 _USAGE: Final = b',"usage":['  # the last field of what was sold
 
+_DELIVERED: Final = ("as_asked", "billed", "unstored")  # the sums of `Delivered` that are written
+
 Seller = tuple[str | None, str]
 """A model, and its URL."""
 
@@ -342,22 +344,48 @@ class Delivered:
         self.billed.join(other.billed)
         self.unstored.join(other.unstored)
 
-    def dumps(self) -> bytes:
-        """Return the sums as JSON."""
-        each = {"as_asked": self.as_asked, "billed": self.billed, "unstored": self.unstored}
-        rows = {name: account.rows() for name, account in each.items()}
-        return orjson.dumps({"requests": self.requests, **rows})
-
-    @classmethod
-    def loads(cls, document: bytes) -> Self:
-        """Return the sums that ``dumps`` has written."""
-        found = orjson.loads(document)
-        accounts = {name: Account.of(found[name]) for name in ("as_asked", "billed", "unstored")}
-        return cls(int(found["requests"]), **accounts)
-
     def accounts(self) -> dict[str, Account]:
         """Return the sums by name."""
         return {"as_asked": self.as_asked, "billed": self.billed, "saved": self.saved}
+
+
+@dataclass
+class RunSums:
+    """What a run has noted in a namespace: only the cache in which it runs adds to it.
+
+    Attributes:
+        delivered: the sums of what was delivered.
+        unreported: samples that were generated, and neither stored nor delivered.
+        notes: how many notes are in the sums. Of two copies, the one with more notes is the later one.
+    """
+
+    delivered: Delivered = field(default_factory=Delivered)
+    unreported: Account = field(default_factory=Account)
+    notes: int = 0
+
+    def add(self, delivered: Delivered, unreported: Account) -> None:
+        """Add a note."""
+        self.delivered.join(delivered)
+        self.unreported.join(unreported)
+        self.notes += 1
+
+    def dumps(self) -> bytes:
+        """Return the sums as JSON."""
+        each = {name: getattr(self.delivered, name) for name in _DELIVERED} | {"unreported": self.unreported}
+        rows = {name: account.rows() for name, account in each.items()}
+        return orjson.dumps({"notes": self.notes, "requests": self.delivered.requests, **rows})
+
+    @classmethod
+    def loads(cls, document: bytes) -> Self:
+        """Return the sums that ``dumps`` has written.
+
+        Raises:
+            ValueError: when it is something else; so do ``KeyError`` and ``TypeError``.
+        """
+        found = orjson.loads(document)
+        delivered = {name: Account.of(found[name]) for name in _DELIVERED}
+        unreported = Account.of(found["unreported"])
+        return cls(Delivered(int(found["requests"]), **delivered), unreported, int(found["notes"]))
 
 
 @dataclass
@@ -382,9 +410,19 @@ class Statement:
 
     def accounts(self) -> dict[str, Account]:
         """Return the sums by name."""
-        return {
-            "spent": self.spent,
-            **self.delivered.accounts(),
-            "unreported": self.spent - self.delivered.billed,
-            "wasted": self.spent - self.held,
-        }
+        return {**sums(self.spent, self.delivered), "wasted": self.spent - self.held}
+
+
+def sums(spent: Account, delivered: Delivered) -> dict[str, Account]:
+    """Return the sums of what was spent and of what was delivered, by name."""
+    return {"spent": spent, **delivered.accounts(), "unreported": spent - delivered.billed}
+
+
+def by_model(accounts: Mapping[str, Account], price: Price) -> list[dict[str, Any]]:
+    """Return sums by model and URL, the dearest first: rows of ``model``, ``url`` and each sum by name."""
+    sellers = dict.fromkeys(seller for account in accounts.values() for seller in account.sold)
+    rows: list[dict[str, Any]] = []
+    for seller in sellers:
+        parts = {name: account.of_seller(seller).as_dict(price) for name, account in accounts.items()}
+        rows.append({"model": seller[0], "url": seller[1], **parts})
+    return sorted(rows, key=lambda row: -row["spent"]["total_tokens"])

@@ -11,7 +11,7 @@ import datetime as dt
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -28,6 +28,8 @@ from cachepipe.prices import Prices
 from cachepipe.stores import open_store
 from cachepipe.stores.base import (
     Discard,
+    Drop,
+    Dropped,
     Erase,
     Erased,
     PartlyApplied,
@@ -37,6 +39,7 @@ from cachepipe.stores.base import (
     new_id,
 )
 from cachepipe.stores.remote import is_url
+from cachepipe.stores.sums import deleted_by, made_for
 
 _AT_ONCE: Final = 500  # questions that are removed from in one transaction, or samples of one question
 
@@ -58,6 +61,7 @@ class Removal:
         samples: how many samples are deleted.
         size: how many bytes their content takes.
         unused: how many of the samples stay that no draw has any more.
+        questions_deleted: how many questions are deleted, because nothing is left of them.
         cost: what the samples have cost that are deleted, or that no draw has any more.
         done: whether it was done completely.
     """
@@ -68,6 +72,7 @@ class Removal:
     samples: int = 0
     size: int = 0
     unused: int = 0
+    questions_deleted: int = 0
     cost: Account = field(default_factory=Account)
     done: bool = False
 
@@ -78,9 +83,11 @@ class Removal:
 
     def _counts(self) -> dict[str, int]:
         counted = {"questions": self.questions, "draws": self.draws, "samples": self.samples}
-        return {**counted, "bytes": self.size, "unused": self.unused}
+        rest = {"unused": self.unused, "questions_deleted": self.questions_deleted}
+        return {**counted, "bytes": self.size, **rest}
 
     def _add(self, entry: Entry, one: Step, *, erases: bool) -> None:
+        self.questions_deleted += one.ends
         self.questions += 1
         self.draws += one.draws
         self.cost.add_all([sample.header for sample in one.unused], entry.scope or "")
@@ -90,9 +97,43 @@ class Removal:
         else:
             self.unused += len(one.unused)
 
-    def _document(self, at: float) -> bytes:
-        facts = {"at": at, "selected": self.selected, **self._counts()}
-        return orjson.dumps({**facts, "cost": self.cost.rows(), "done": self.done})
+    def _document(self, name: str, at: float, spent: _Spent, deleting: Sequence[Entry] = ()) -> bytes:
+        """Return the record.
+
+        Args:
+            name: its id.
+            at: when the command began, in seconds since 1970.
+            spent: what the samples of the deleted questions have cost.
+            deleting: the questions that are deleted next.
+        """
+        facts = {"id": name, "at": at, "selected": self.selected, **self._counts()}
+        next_ones = [
+            [each.key, each.samples[0].id, _Spent([each]).rows()] for each in deleting if each.samples
+        ]
+        sums = {"spent": spent.rows(), "deleting": next_ones}
+        return orjson.dumps({**facts, "cost": self.cost.rows(), "done": self.done, **sums})
+
+
+class _Spent:
+    """What the samples of questions have cost, by the run and the label of the namespace that paid."""
+
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+        self._sums: dict[tuple[str, str], Account] = {}
+        for entry in entries:
+            self.add(entry)
+
+    def add(self, entry: Entry) -> None:
+        """Add all samples of a question, also those that were deleted before."""
+        headers: dict[tuple[str, str], list[bytes]] = {}
+        for sample in entry.samples:
+            run, namespace, _ = made_for(sample.header)
+            headers.setdefault((run, namespace), []).append(sample.header)
+        for place, found in headers.items():
+            self._sums.setdefault(place, Account()).add_all(found, entry.scope or "")
+
+    def rows(self) -> list[list[Any]]:
+        """Return the sums as JSON can hold them."""
+        return [[*place, account.rows()] for place, account in self._sums.items()]
 
 
 def forget(cache: Cache, namespace: str | None, *, samples: bool = False, dry_run: bool = False) -> Removal:
@@ -212,20 +253,27 @@ def _steps(store: Store, selection: Selection, fits: Callable[[Entry], bool]) ->
 def _perform(
     store: Any, found: Iterator[tuple[Entry, Step]], selection: Selection, removal: Removal
 ) -> Removal:
-    name, at = new_id(), time.time()
+    name, at, spent = new_id(), time.time(), _Spent()
 
-    def record() -> None:
-        store.apply_and_wait([RecordRemoval(name, removal._document(at))])  # noqa: SLF001 - of this module
+    def record(deleting: Sequence[Entry] = ()) -> None:
+        document = removal._document(name, at, spent, deleting)  # noqa: SLF001 - of this module
+        store.apply_and_wait([RecordRemoval(name, document)])
 
     why = f"cachepipe {told(removal.selected)}"
     batch = list(itertools.islice(found, _AT_ONCE))
     if batch:
+        _settle(store)
         record()
     while batch:
         done, refused = _withdrawn(store, batch)
         if selection.samples:
             done = _erased(store, done, why)
+        if ending := [entry for entry, one in done if one.ends]:
+            record(ending)
+            done = _deleted(store, done)
         for entry, one in done:
+            if one.ends:
+                spent.add(entry)
             removal._add(entry, one, erases=selection.samples)  # noqa: SLF001 - of this module
         if refused is not None:
             record()
@@ -235,6 +283,15 @@ def _perform(
         record()
     removal.done = True
     return removal
+
+
+def _settle(store: Any) -> None:
+    """Note in the records of commands that were stopped which questions they have deleted."""
+    for record in store.removals():
+        if record["deleting"]:
+            record["spent"] += deleted_by(store, record)
+            record["deleting"] = []
+            store.apply_and_wait([RecordRemoval(record["id"], orjson.dumps(record))])
 
 
 def _withdrawn(store: Any, batch: _Steps) -> tuple[_Steps, StoreError | None]:
@@ -265,6 +322,17 @@ def _erased(store: Any, batch: _Steps, why: str) -> _Steps:
         (entry, one._replace(unused=[each for each in one.unused if each.index in gone.get(one.key, ())]))
         for entry, one in batch
     ]
+
+
+def _deleted(store: Any, batch: _Steps) -> _Steps:
+    """Delete the questions of which nothing is left; return what was done: those that are used stay."""
+    drops = [Drop(one.key, [sample.index for sample in entry.samples]) for entry, one in batch if one.ends]
+    gone: set[str] = set()
+    for _ in range(2):  # the first time, a folder may have to note another sample at its checkpoint
+        left = [drop for drop in drops if drop.key not in gone]
+        dropped: list[Dropped] = store.apply_and_wait(left) if left else []
+        gone |= {drop.key for drop, result in zip(left, dropped, strict=True) if result.gone}
+    return [(entry, one._replace(ends=one.key in gone)) for entry, one in batch]
 
 
 def _pages(items: Sequence[_T]) -> Iterator[Sequence[_T]]:

@@ -122,6 +122,7 @@ class Service:
             Estimator(token_encoding_name),
         )
         self._lent: Loan | None = None
+        self._preset: Preset | None = None
 
     def __repr__(self) -> str:
         stats = self.stats()
@@ -170,7 +171,10 @@ class Service:
     def _made(self, which: int, sdk: str | None, **options: Any) -> Any:
         from cachepipe import clients  # noqa: PLC0415 - each needs its SDK
 
-        kind = getattr(clients, _CLIENTS[_checked(sdk or self.sdk)][which])
+        names = _CLIENTS[_checked(sdk or self.sdk)]
+        if self._preset is not None and (sdk or self.sdk) == self._preset.sdk == "openai":
+            names = f"Async{self._preset.name}", self._preset.name
+        kind = getattr(clients, names[which])
         return kind(**{"service": self, **options})
 
     def client_options(self, sdk: str = "openai", *, replays: bool = False) -> dict[str, Any]:
@@ -352,4 +356,6 @@ def _service(preset: Preset, **options: Any) -> Service:
         known["key_scheme"] = preset.key
     else:
         known |= {"max_requests": None, "max_tokens": None, "api_key": preset.api_key}
-    return Service(**{**known, **options})
+    service = Service(**{**known, **options})
+    service._preset = preset  # noqa: SLF001 - the clients are those of the provider
+    return service

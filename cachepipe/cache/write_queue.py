@@ -275,7 +275,10 @@ class WriteQueue:
         While answers wait for claims, each would hold up these answers, and so the next claims, until it is
         written.
         """
-        claims = [item for item in batch if _may_be_known(item.operation)]
+        claims: list[_Queued] = []
+        others: list[_Queued] = []
+        for item in batch:
+            (claims if _may_be_known(item.operation) else others).append(item)
         if not claims:
             return batch
         urgent = self.line.is_crowded and any(item.lacking is not None for item in claims)
@@ -285,7 +288,7 @@ class WriteQueue:
         self._sent.append(claims)
         self.writes.add(looked)
         looked.add_done_callback(partial(self._looked, claims))
-        return [item for item in batch if item not in claims]
+        return others
 
     def _looked(self, claims: list[_Queued], looked: asyncio.Future[list[Grant | bool]]) -> None:
         self._sent.remove(claims)

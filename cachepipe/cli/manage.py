@@ -27,6 +27,7 @@ With --json:
   questions, draws       how many questions are concerned, and how many draws are removed
   samples, bytes         how many samples are deleted, and how much their content takes
   unused                 how many samples stay that no draw has any more
+  questions_deleted      how many questions are deleted, because nothing is left of them
   cost                   what these samples have cost: tokens by kind, and cost in US dollars or null
   done                   false for --dry-run
 """
@@ -202,6 +203,8 @@ def _print(name: str, removal: Removal) -> None:
         ("questions", f"{removal.questions:,}"),
         ("removes", f"{counted(removal.draws, 'draw')} and {counted(removal.samples, 'sample')}"),
     ]
+    if removal.questions_deleted:
+        facts.append(("nothing left of", f"{counted(removal.questions_deleted, 'question')}; deleted too"))
     if removal.samples:
         facts.append(("content", size(removal.size)))
     if removal.unused:

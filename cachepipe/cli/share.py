@@ -220,18 +220,19 @@ def _kind_of(sources: Sequence[str], requests: str | None) -> Kind:
     first = sources[0]
     if Path(first).is_dir():
         return _kind_of_folder(sources, requests)
-    if not any(map(_is_text, sources)):
-        if requests is not None:
-            raise Failure(f"{first} is a bundle, which holds its requests; leave out --requests")
-        if len(sources) > 1:
-            raise Failure(f"import one bundle at a time; got {len(sources)}. `cachepipe merge` takes several")
-        return "bundle"
-    if requests is None:
+    if requests is not None:
+        for source in sources:
+            if _begins(source, b"\x1f\x8b"):
+                raise Failure(f"{source} is a bundle, which holds its requests; leave out --requests")
+        return "batch"
+    if any(_begins(source, b"{") for source in sources):
         raise Failure(
             f"{first} looks like the results of a batch, which do not hold what was asked. Give the input of "
             "the batch: --requests input.jsonl"
         )
-    return "batch"
+    if len(sources) > 1:
+        raise Failure(f"import one bundle at a time; got {len(sources)}. `cachepipe merge` takes several")
+    return "bundle"
 
 
 def _kind_of_folder(sources: Sequence[str], requests: str | None) -> Kind:
@@ -248,11 +249,11 @@ def _kind_of_folder(sources: Sequence[str], requests: str | None) -> Kind:
     return "cachesaver"
 
 
-def _is_text(source: str) -> bool:
-    """Return True if a file begins as JSON lines do."""
+def _begins(source: str, begin: bytes) -> bool:
+    """Return True if a file begins so, after blanks."""
     try:
         with Path(source).open("rb") as file:
-            return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
+            return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(begin)
     except OSError:
         return False
 

@@ -114,6 +114,14 @@ class Union:
         return min(one, other)
 
 
+def intervals_of(indices: IndexSet) -> Iterator[Interval]:
+    """Iterate over the intervals of a set, in order."""
+    found = indices.interval_at(0)
+    while found is not None:
+        yield found
+        found = indices.interval_at(found[1])
+
+
 def covered(intervals: Iterable[Interval]) -> IntervalSet:
     """Return the indices that are in any of some intervals, which come in the order of their starts."""
     found: list[Interval] = []

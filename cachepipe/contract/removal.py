@@ -48,12 +48,14 @@ class Step(NamedTuple):
         namespaces: the labels of the namespaces whose draws go.
         draws: how many draws go.
         unused: the selected samples that no draw has then.
+        ends: whether nothing of the question is left then, so that it goes too.
     """
 
     key: str
     namespaces: Sequence[str]
     draws: int
     unused: Sequence[EntrySample]
+    ends: bool = False
 
 
 def step(entry: Entry, selection: Selection) -> Step | None:
@@ -80,9 +82,17 @@ def step(entry: Entry, selection: Selection) -> Step | None:
         and (had is None or sample.id in had)
         and (had is not None or selection.is_old(_stamp(sample)))
     ]
-    if not namespaces and not (unused and selection.samples):
+    erased = {sample.id for sample in unused} if selection.samples else set()
+    ends = not left and all(sample.id in erased for sample in stored)
+    if not namespaces and not erased and not (ends and _is_left_over(entry, selection)):
         return None
-    return Step(entry.key, namespaces, len(gone), unused)
+    return Step(entry.key, namespaces, len(gone), unused, ends)
+
+
+def _is_left_over(entry: Entry, selection: Selection) -> bool:
+    """Return True if a question of which nothing is left is selected: an earlier removal was stopped."""
+    old = all(selection.is_old(_stamp(sample)) for sample in entry.samples)
+    return selection.samples and selection.namespaces is None and old
 
 
 def _drawn_by(entry: Entry, namespaces: Collection[str]) -> bool:

@@ -27,6 +27,7 @@ from cachepipe import jsontext, wire
 from cachepipe.batch.errors import BatchFileError
 from cachepipe.batch.files import numbered
 from cachepipe.batch.lines import parse_line
+from cachepipe.batch.runner import model_of
 from cachepipe.batch.settings import BatchSettings
 from cachepipe.contract import keys
 from cachepipe.contract.entries import EntrySample
@@ -41,7 +42,7 @@ from cachepipe.providers.exchange import questions_of
 from cachepipe.providers.generation import Kept, packed
 from cachepipe.sharing import Cache, Progress, opened
 from cachepipe.stores import folders
-from cachepipe.stores.disk import connect_to_read
+from cachepipe.stores.disk import connect, connect_to_read
 from cachepipe.stores.identity import SHELF
 from cachepipe.stores.received import check_shelf
 from cachepipe.stores.tables import UNREADABLE
@@ -64,7 +65,6 @@ _codec = Codec()
 
 
 _TOGETHER: Final = "https://api-inference.together.ai/v1/chat/completions"  # where its client sends chats
-_GROQ: Final = "https://api.groq.com/openai/v1"
 
 _Hash = Callable[[Request], str]
 
@@ -159,7 +159,9 @@ class _Folder:
             raise StoreError(f"{self.path} is not a folder of CacheSaver: it holds no file {SHELF}")
         folders.check_files(self.path, SHELF)
         try:
-            self._rows, _ = connect_to_read(shelf)
+            # SQLite would leave two files of its own beside one that nobody else has open.
+            used = any(shelf.with_name(f"{SHELF}{ending}").exists() for ending in ("-wal", "-shm"))
+            self._rows = connect_to_read(shelf)[0] if used else connect(shelf, uri="?immutable=1")
             try:
                 tables = check_shelf(self._rows, str(self.path))
                 ours = self._rows.execute(_OURS).fetchone()
@@ -473,7 +475,8 @@ def _model_at(package: str, base_url: str | None) -> OpenAIModel:
         from cachepipe.models.together import TogetherModel  # noqa: PLC0415 - likewise
 
         return TogetherModel()
-    return OpenAIModel(base_url=_GROQ if package == "groq" else base_url)
+    # A replay needs no key, and neither does an import.
+    return model_of(BatchSettings(base_url=package if package == "groq" else base_url, mode="replay"))
 
 
 def _samples(api: wire.Api, call: Sequence[Mapping[str, Any]]) -> list[wire.Sample]:
@@ -519,4 +522,4 @@ def _said(found: Sequence[Any]) -> str:
                 continue
     samples = "1 sample" if len(found) == 1 else f"{len(found)} samples"
     shown = " ".join(text.split())
-    return f"it has {samples}" + (f", such as {shown:.{_SHOWN}}" if shown else "")
+    return f"it has {samples}" + (f', such as "{shown:.{_SHOWN}}"' if shown else "")

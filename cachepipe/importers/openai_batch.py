@@ -82,6 +82,7 @@ def import_batch(
         StoreError: when the cache cannot be written.
     """
     settings = replace(settings or BatchSettings(), **changes)
+    settings = replace(settings, mode="replay")  # which needs no key
     if settings.replicates is not None:
         raise ValueError("a batch is one replicate; name it with replicate=, and leave out replicates=")
     imported = Imported()
@@ -166,7 +167,9 @@ class _Rows:
                 if ids.places.find(name) is None:
                     imported.leave(where, name, "no request has its custom_id, so its question is unknown")
                     continue
-                self._places[name,] = [*self._places[name,], [place, begun]]
+                places = self._places[name,]
+                places.append([place, begun])
+                self._places[name,] = places
                 self._places.trim()
 
     def of(self, name: str) -> Iterator[dict[str, Any]]:

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import orjson
 
 from cachepipe import forks
-from cachepipe.accounting import Account, Delivered
+from cachepipe.accounting import Account, Delivered, RunSums
 from cachepipe.contract.budgets import RowCost
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.entries import Entry
@@ -282,6 +282,29 @@ class Erased(NamedTuple):
 
 
 @dataclass(slots=True)
+class Drop:
+    """Delete a question of which no draw and no sample is left, with all that is noted of it.
+
+    Attributes:
+        key: the key of the question.
+        indices: the indices of its samples, which are all deleted or discarded.
+    """
+
+    key: str
+    indices: Sequence[int]
+
+
+class Dropped(NamedTuple):
+    """What became of a question.
+
+    Attributes:
+        gone: whether it was deleted. If not, it is used, or it is deleted when the operation is repeated.
+    """
+
+    gone: bool
+
+
+@dataclass(slots=True)
 class RecordRemoval:
     """Record what a command removes; a later record with the same id replaces it.
 
@@ -309,6 +332,21 @@ class Note:
     namespace: str
     delivered: Delivered = field(default_factory=Delivered)
     unreported: Account = field(default_factory=Account)
+
+
+@dataclass(slots=True)
+class AdoptSums:
+    """Take what a run has noted in a namespace of another cache, unless the store has a later copy.
+
+    Attributes:
+        run: the name of the run.
+        namespace: the label of the namespace.
+        sums: what it has noted.
+    """
+
+    run: str
+    namespace: str
+    sums: RunSums
 
 
 @dataclass(slots=True)
@@ -478,13 +516,15 @@ Operation = (
     | Discard
     | Withdraw
     | Erase
+    | Drop
     | RecordRemoval
     | Note
+    | AdoptSums
     | NotePlace
     | OfBudget
     | Adopt
 )
-Result = Grant | Committed | Reserved | SumBegun | Adopted | Erased | None
+Result = Grant | Committed | Reserved | SumBegun | Adopted | Erased | Dropped | None
 
 
 class PartlyApplied(StoreError):  # noqa: N818 - names the state
@@ -689,8 +729,12 @@ class Store(Protocol):
         """Iterate over the namespaces, in order of their first draw."""
         ...
 
-    def sums(self) -> Iterator[Note]:
-        """Iterate over the sums of the runs, and over what they have left unreported."""
+    def sums(self) -> Iterator[AdoptSums]:
+        """Iterate over what the runs have noted, as another cache takes it."""
+        ...
+
+    def removals(self) -> Iterator[dict[str, Any]]:
+        """Iterate over the records of what commands have removed, in order of time."""
         ...
 
     def bought(self) -> Iterator[Bought]:

@@ -99,13 +99,17 @@ def checkpoint(ledger: sqlite3.Connection, shelf: sqlite3.Connection, stamp: int
         ledger: a connection to the ledger.
         shelf: a connection to the samples.
         stamp: the greatest stamp of a row of the ledger.
-        sample: the name of the latest sample, if there is one.
+        sample: the name of the latest sample, if there is one; another process may have deleted it.
     """
-    if stamp > _meta(ledger).get("stamp", 0):
-        ledger.execute(_PUT_META, ("stamp", stamp))
-        shelf.execute(_PUT_SHELF, ("stamp", stamp))
-    if sample is not None:
-        ledger.execute(_PUT_META, ("sample", sample))
+    ledger.execute("BEGIN IMMEDIATE")
+    try:
+        if stamp > _meta(ledger).get("stamp", 0):
+            ledger.execute(_PUT_META, ("stamp", stamp))
+            shelf.execute(_PUT_SHELF, ("stamp", stamp))
+        if sample is not None and shelf.execute(tables.GET, (sample,)).fetchone() is not None:
+            ledger.execute(_PUT_META, ("sample", sample))
+    finally:
+        ledger.execute("COMMIT")
 
 
 def checkpointed(ledger: sqlite3.Connection) -> int:

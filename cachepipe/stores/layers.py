@@ -109,6 +109,7 @@ class LayeredStore:
     keys, question = _of_shown("keys"), _of_shown("question")
     sample, samples, draws = _of_shown("sample"), _of_shown("samples"), _of_shown("draws")
     namespaces, sums, bought = _of_shown("namespaces"), _of_shown("sums"), _of_shown("bought")
+    removals = _of_shown("removals")
     entry, entries_of = _of_shown("entry"), _of_shown("entries_of")
 
     def __repr__(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
-from cachepipe.accounting import Account, Delivered
+from cachepipe.accounting import RunSums
 from cachepipe.contract.allotment import Discarded, Segment
 from cachepipe.contract.budgets import Purse
 from cachepipe.contract.draws import Draw
@@ -269,20 +269,20 @@ class Ledger(ABC):
         """Discard samples, each with its key and the reason; their headers stay, and their content goes."""
 
     @abstractmethod
+    def delete(self, keys: Sequence[KeyRows]) -> list[bool]:
+        """Delete all rows of keys that have no draws; return for each whether that was possible now."""
+
+    @abstractmethod
     def put_removal(self, name: str, document: bytes) -> None:
         """Write the record of what is removed, by its id."""
 
     @abstractmethod
-    def sums(self, run: str, namespace: str) -> Delivered:
-        """Return the sums of what a run has delivered in a namespace, by its label."""
+    def sums(self, run: str, namespace: str) -> RunSums:
+        """Return what a run has noted in a namespace, by its label."""
 
     @abstractmethod
-    def put_sums(self, run: str, namespace: str, sums: Delivered) -> None:
+    def put_sums(self, run: str, namespace: str, sums: RunSums) -> None:
         """Write these sums."""
-
-    @abstractmethod
-    def add_unreported(self, run: str, namespace: str, account: Account) -> None:
-        """Add samples that were neither stored nor delivered."""
 
     @abstractmethod
     def purse(self, namespace: str) -> Purse:

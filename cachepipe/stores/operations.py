@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
@@ -24,19 +24,22 @@ from cachepipe.contract.allotment import (
 )
 from cachepipe.contract.draws import SHARED, Draw, is_own, namespace_of
 from cachepipe.contract.entries import NOBODY, Addition, Entry, EntrySample, addition
-from cachepipe.contract.intervals import IntervalSet, MutableIndexSet, Union
+from cachepipe.contract.intervals import IntervalSet, MutableIndexSet, Union, intervals_of
 from cachepipe.contract.keys import trimmed
 from cachepipe.contract.undoing import fallen, settled
 from cachepipe.errors import StoreError
 from cachepipe.stores.base import (
     Adopt,
     Adopted,
+    AdoptSums,
     Ahead,
     BeginSum,
     Claim,
     Commit,
     Committed,
     Discard,
+    Drop,
+    Dropped,
     EndSum,
     Erase,
     Erased,
@@ -58,6 +61,9 @@ from cachepipe.stores.base import (
     Withdraw,
 )
 from cachepipe.stores.ledger import DrawRows, DrawView, KeyRows, Ledger
+
+_MOST_MISSING: Final = 100_000
+"""The most listed samples that may be missing: a ledger that lists more is hardly a real one."""
 
 
 def perform(ledger: Ledger, operations: Sequence[Operation]) -> list[Result]:
@@ -91,6 +97,8 @@ def _perform_all(ledger: Ledger, kind: type[Operation], operations: Sequence[Any
         return list(_commit_all(ledger, operations))
     if kind is Erase:
         return list(_erase_all(ledger, operations))
+    if kind is Drop:
+        return list(_drop_all(ledger, operations))
     if kind is Adopt:
         return list(_adopt_all(ledger, operations))
     performed = _PERFORM[kind]
@@ -541,6 +549,27 @@ def _erase_all(ledger: Ledger, erases: Sequence[Erase]) -> list[Erased]:
     return found
 
 
+def _drop_all(ledger: Ledger, drops: Sequence[Drop]) -> list[Dropped]:
+    """Delete the questions of which nothing is left."""
+    keys = [ledger.key(drop.key) for drop in drops]
+    empty = [rows for rows, drop in zip(keys, drops, strict=True) if _is_empty(rows, drop)]
+    gone = {rows.name for rows, done in zip(empty, ledger.delete(empty), strict=True) if done}
+    return [Dropped(drop.key in gone) for drop in drops]
+
+
+def _is_empty(rows: KeyRows, drop: Drop) -> bool:
+    """Return True if a question has no draw, and no sample that is stored or being generated."""
+    listed = list(intervals_of(rows.listed))
+    many = sum(stop - start for start, stop in listed) > len(drop.indices) + _MOST_MISSING
+    if many or rows.users() or rows.drawn().interval_at(0) is not None:
+        return False
+    return not any(
+        isinstance(rows.sample(index), Sample) or rows.pending(index) is not None
+        for interval in listed
+        for index in range(*interval)
+    )
+
+
 def _record_removal(ledger: Ledger, record: RecordRemoval) -> None:
     ledger.put_removal(record.id, record.document)
 
@@ -554,13 +583,15 @@ def _note_place(ledger: Ledger, note: NotePlace) -> None:
 
 
 def _note(ledger: Ledger, note: Note) -> None:
-    place = (note.run, note.namespace)
-    if note.unreported.sold:
-        ledger.add_unreported(*place, note.unreported)
-    if note.delivered.as_asked.sold:
-        sums = ledger.sums(*place)
-        sums.join(note.delivered)
-        ledger.put_sums(*place, sums)
+    if note.unreported.sold or note.delivered.as_asked.sold:
+        sums = ledger.sums(note.run, note.namespace)
+        sums.add(note.delivered, note.unreported)
+        ledger.put_sums(note.run, note.namespace, sums)
+
+
+def _adopt_sums(ledger: Ledger, adopt: AdoptSums) -> None:
+    if adopt.sums.notes > ledger.sums(adopt.run, adopt.namespace).notes:
+        ledger.put_sums(adopt.run, adopt.namespace, adopt.sums)
 
 
 # Budgets.
@@ -607,6 +638,7 @@ _PERFORM: dict[type[Operation], Callable[[Ledger, Any], Result]] = {
     Withdraw: _withdraw,
     RecordRemoval: _record_removal,
     Note: _note,
+    AdoptSums: _adopt_sums,
     NotePlace: _note_place,
     Reserve: _reserve,
     Settle: _settle,

@@ -19,7 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 import orjson
 
 from cachepipe import forks
-from cachepipe.accounting import Account, Delivered
+from cachepipe.accounting import RunSums
 from cachepipe.contract.allotment import Discarded, Segment, laid
 from cachepipe.contract.draws import SHARED, Draw, namespace_of
 from cachepipe.contract.entries import NOBODY, Entry
@@ -28,6 +28,7 @@ from cachepipe.contract.keys import Question, encode
 from cachepipe.errors import DamagedCache, StoreError, UnsafeRow
 from cachepipe.stores import entries, leases, operations, tables
 from cachepipe.stores.base import (
+    AdoptSums,
     Ahead,
     Bought,
     Claim,
@@ -37,7 +38,6 @@ from cachepipe.stores.base import (
     Grant,
     KeyInfo,
     NamespaceInfo,
-    Note,
     Process,
     Sample,
     State,
@@ -254,6 +254,7 @@ class SqlReader:
             StoreError: when the files cannot be read.
         """
         ledger, shelf = self._readable()
+        self._key_ids.pop(draw.key, None)  # the question may have been deleted and asked anew
         key = self._key_id(ledger, draw.key)
         if key is None:
             return None
@@ -475,18 +476,15 @@ class SqlReader:
                 yield NamespaceInfo(namespace_of(written), draws, taken.get(namespace, 0), generated)
 
     @_reads
-    def sums(self) -> Iterator[Note]:
-        """Iterate over the sums of the runs, and over what they have left unreported.
+    def sums(self) -> Iterator[AdoptSums]:
+        """Iterate over what the runs have noted.
 
         Raises:
             DamagedCache: when a row is not what was written.
         """
         ledger, _ = self._readable()
         for run, namespace, *row in ledger.execute("SELECT run, namespace, document, digest FROM sums"):
-            yield Note(run, namespace, tables.read_sums(Delivered.loads, run, namespace, *row))
-        for run, namespace, *row in ledger.execute("SELECT run, namespace, document, digest FROM unreported"):
-            lost = tables.read_sums(Account.loads, run, namespace, *row)
-            yield Note(run, namespace, unreported=lost)
+            yield AdoptSums(run, namespace, tables.read_sums(RunSums.loads, run, namespace, *row))
 
     @_reads
     def bought(self) -> Iterator[Bought]:

@@ -15,16 +15,16 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal, NamedTuple, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 import orjson
 
-from cachepipe.accounting import Account, Statement, is_name, sold_in, usage_sold
+from cachepipe.accounting import Account, RunSums, Statement, is_name, sold_in, usage_sold
 from cachepipe.contract.draws import label
 from cachepipe.errors import StoreError
-from cachepipe.stores.base import Grant, Note, Store
+from cachepipe.stores.base import AdoptSums, Grant, Note, Store
 
 SECONDS: Final = 2.0
 """How long after a delivery the sums are written."""
@@ -278,17 +278,17 @@ def run_statements(store: Store) -> list[RunStatement]:
             found[place] = RunStatement(run, namespace)
         return found[place]
 
-    for note in store.sums():
-        statement = of(note.run, note.namespace).statement
-        statement.delivered.join(note.delivered)
-        statement.spent.join(note.delivered.unstored)
-        statement.spent.join(note.unreported)
+    for noted in itertools.chain(store.sums(), removed(store)):
+        statement = of(noted.run, noted.namespace).statement
+        statement.delivered.join(noted.sums.delivered)
+        statement.spent.join(noted.sums.delivered.unstored)
+        statement.spent.join(noted.sums.unreported)
     waiting: dict[tuple[str, str, str | None, bool], list[bytes]] = {}
     stamps: dict[tuple[str, str], list[float]] = {}
     bought = store.bought()
     while each := list(itertools.islice(bought, MOST)):
         for scope, header, held in each:
-            run, namespace, stamp = _made_for(header)
+            run, namespace, stamp = made_for(header)
             waiting.setdefault((run, namespace, scope, held), []).append(header)
             if stamp is not None:
                 stamps.setdefault((run, namespace), []).append(stamp)
@@ -329,17 +329,17 @@ def spent_rows(store: Store, namespace: str, calls: Collection[str], since: floa
         DamagedCache: when the sums are not what was written.
     """
     found = SpentRows(Account(), {})
-    for note in store.sums():
-        if note.namespace == namespace:
-            found.rest.join(note.delivered.unstored)
-            found.rest.join(note.unreported)
+    for noted in store.sums():
+        if noted.namespace == namespace:
+            found.rest.join(noted.sums.delivered.unstored)
+            found.rest.join(noted.sums.unreported)
     calls = frozenset(calls)
     waiting: dict[str | None, list[bytes]] = {}
     bought = store.bought()
     while each := list(itertools.islice(bought, MOST)):
         for scope, header, _ in each:
-            _, made_for, stamp = _made_for(header)
-            if made_for != namespace:
+            _, whose, stamp = made_for(header)
+            if whose != namespace:
                 continue
             reserved = reserved_for(header)
             if reserved and ((stamp or 0.0) >= since or not calls.isdisjoint(reserved)):
@@ -349,6 +349,9 @@ def spent_rows(store: Store, namespace: str, calls: Collection[str], since: floa
         for scope, headers in waiting.items():
             found.rest.add_all(headers, scope or "")
         waiting.clear()
+    for noted in removed(store):  # last: what is deleted meanwhile counts twice rather than never
+        if noted.namespace == namespace:
+            found.rest.join(noted.sums.unreported)
     return found
 
 
@@ -363,7 +366,29 @@ def reserved_for(header: bytes) -> tuple[str, ...]:
     return tuple(filter(is_name, calls)) if isinstance(calls, list) else ()
 
 
-def _made_for(header: bytes) -> tuple[str, str, float | None]:
+def removed(store: Store) -> Iterator[AdoptSums]:
+    """Iterate over what the samples of deleted questions have cost, from the records of the removals."""
+    for record in store.removals():
+        for run, namespace, account in (*record["spent"], *deleted_by(store, record)):
+            yield AdoptSums(run, namespace, RunSums(unreported=Account.of(account)))
+
+
+def deleted_by(store: Store, record: Mapping[str, Any]) -> list[list[Any]]:
+    """Return what the questions have cost that a command noted last, as far as it has deleted them.
+
+    Args:
+        store: the store.
+        record: the record of the command, which was perhaps stopped.
+    """
+    gone: list[list[Any]] = []
+    for key, name, sums in record["deleting"]:
+        entry = store.entry(key)
+        if entry is None or all(sample.id != name for sample in entry.samples):
+            gone += sums
+    return gone
+
+
+def made_for(header: bytes) -> tuple[str, str, float | None]:
     """Return the run and the label of the namespace that a sample was generated for, and when it was stored.
 
     The label is that of None if nothing says so.

@@ -78,14 +78,11 @@ CREATE TABLE IF NOT EXISTS uses(
 CREATE TABLE IF NOT EXISTS discards(
     key INTEGER NOT NULL, sample INTEGER NOT NULL, at REAL NOT NULL, why TEXT NOT NULL,
     PRIMARY KEY(key, sample)) WITHOUT ROWID;
--- Per run and label of a namespace, the sums of the delivered samples (C6), as JSON.
+-- Per run and label of a namespace, what the run has noted (C6): the sums of what was delivered, and of what
+-- was generated, not stored and not delivered; as JSON.
 CREATE TABLE IF NOT EXISTS sums(
     run TEXT NOT NULL, namespace TEXT NOT NULL, stamp INTEGER NOT NULL, document BLOB NOT NULL,
     digest BLOB NOT NULL, PRIMARY KEY(run, namespace)) WITHOUT ROWID;
--- Parts of calls that are not stored and reached no request (C6), as JSON.
-CREATE TABLE IF NOT EXISTS unreported(
-    stamp INTEGER PRIMARY KEY, run TEXT NOT NULL, namespace TEXT NOT NULL, document BLOB NOT NULL,
-    digest BLOB NOT NULL);
 -- Per label of a namespace, what was spent and reserved of its budget, as JSON.
 CREATE TABLE IF NOT EXISTS budgets(
     namespace TEXT PRIMARY KEY, document BLOB NOT NULL, digest BLOB NOT NULL) WITHOUT ROWID;
@@ -193,6 +190,11 @@ GET_DAMAGED = (
     " CAST(value AS BLOB) FROM Cache WHERE key = ? AND raw = 1"
 )
 """Like ``GET``, for rows that may hold anything; those that no sample has come without a mode."""
+EARLIER = (
+    "SELECT key FROM Cache WHERE raw = 1 AND key GLOB 'k[0-9]*-*/*'"
+    " AND rowid < (SELECT rowid FROM Cache WHERE key = ? AND raw = 1) ORDER BY rowid DESC"
+)
+"""The names of samples that were stored before one, the latest first."""
 SAMPLES = (
     "SELECT j.value, c.mode, c.filename, c.value FROM json_each(?) j"
     " CROSS JOIN Cache c ON c.key = j.value AND c.raw = 1"

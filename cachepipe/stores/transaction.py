@@ -14,12 +14,12 @@ from typing import Any
 
 import orjson
 
-from cachepipe.accounting import Account, Delivered
+from cachepipe.accounting import RunSums
 from cachepipe.contract.allotment import Discarded, Segment
 from cachepipe.contract.budgets import Purse
 from cachepipe.contract.draws import SHARED, Draw
 from cachepipe.contract.entries import Entry
-from cachepipe.contract.intervals import IntervalSet, MutableIndexSet, Union, changes
+from cachepipe.contract.intervals import IntervalSet, MutableIndexSet, Union, changes, intervals_of
 from cachepipe.contract.keys import Question
 from cachepipe.errors import DamagedCache, StoreError
 from cachepipe.stores import entries, tables
@@ -63,6 +63,7 @@ class SqlLedger(Ledger):
         self._leased, self._lives, self._shared, self._check_files = leased, lives, shared, check_files
         self._written = written
         self._version = -1
+        self._deleted = 0  # the greatest number of a key that was deleted
         self.own_lease: int | None = None
         self.reaped = 0.0
         self.now = 0.0
@@ -122,6 +123,8 @@ class SqlLedger(Ledger):
         if version != self._version or len(self._sets) > _REMEMBERED or len(self._ids) > _REMEMBERED:
             self.forget()
             self._version = version
+            row = ledger.execute("SELECT value FROM meta WHERE name = 'deleted'").fetchone()
+            self._deleted = 0 if row is None else int(row[0])
         if self._grown:
             self._sets.update(dict.fromkeys(self._grown))
             self._grown.clear()
@@ -310,6 +313,59 @@ class SqlLedger(Ledger):
             self.ledger.execute("INSERT OR IGNORE INTO discards VALUES(?, ?, ?, ?)", discarded)
         self.shelf.execute("COMMIT")
 
+    def delete(self, keys: Sequence[KeyRows]) -> list[bool]:
+        """Delete all rows of keys that have no draws; return for each whether that was possible now.
+
+        The samples go first, and the ledger is written later. So the sample of the last checkpoint stays,
+        until the ledger notes another one: without it, the cache would not be opened after a kill.
+        """
+        if not keys:
+            return []
+        self.flush()
+        self._check_files(deleted=True)
+        self.seen.clear()
+        noted = self._noted_sample({rows.name for rows in keys})
+        gone = [rows for rows in keys if rows.name != noted]
+        if gone:
+            self.shelf.execute("BEGIN IMMEDIATE")
+            for rows in gone:
+                names = [
+                    (f"{rows.name}/{index}",) for each in intervals_of(rows.listed) for index in range(*each)
+                ]
+                self.shelf.executemany("DELETE FROM Cache WHERE key = ? AND raw = 1", names)
+            self.shelf.execute("COMMIT")
+        for rows in gone:
+            self._delete(rows.name)
+        return [rows.name != noted for rows in keys]
+
+    def _noted_sample(self, keys: set[str]) -> str | None:
+        """Return which of some keys has the sample of the last checkpoint; the next time none of them has."""
+        if self.written_sample is not None and self.written_sample.rpartition("/")[0] in keys:
+            self.written_sample = None
+        row = self.ledger.execute("SELECT value FROM meta WHERE name = 'sample'").fetchone()
+        if row is None or (key := str(row[0]).rpartition("/")[0]) not in keys:
+            return None
+        earlier = self.shelf.execute(tables.EARLIER, (row[0],))
+        name = next((name for (name,) in earlier if name.rpartition("/")[0] not in keys), None)
+        if name is None:
+            self.ledger.execute("DELETE FROM meta WHERE name = 'sample'")
+        else:
+            self.ledger.execute("UPDATE meta SET value = ? WHERE name = 'sample'", (name,))
+        return key
+
+    def _delete(self, name: str) -> None:
+        """Delete the rows of a key; other processes may still know its number, which no other key gets."""
+        number = self.known(name)
+        for table in ("intervals", "firsts", "uses", "discards", "holders"):
+            self.ledger.execute(f"DELETE FROM {table} WHERE key = ?", (number,))
+        self.ledger.execute("DELETE FROM keys WHERE id = ?", (number,))
+        self._deleted = max(self._deleted, number)
+        self.ledger.execute("INSERT OR REPLACE INTO meta VALUES('deleted', ?)", (self._deleted,))
+        self._ids.pop(name, None)
+        self._written.pop(name, None)
+        for place in [place for place in self._sets if place[1] == number]:
+            del self._sets[place]
+
     def put_removal(self, name: str, document: bytes) -> None:
         """Write the record of what is removed, by its id."""
         digest = tables.sums_digest(name, tables.REMOVAL, document)
@@ -346,24 +402,17 @@ class SqlLedger(Ledger):
 
     # Sums.
 
-    def sums(self, run: str, namespace: str) -> Delivered:
-        """Return the sums of what a run has delivered in a namespace, by its label."""
+    def sums(self, run: str, namespace: str) -> RunSums:
+        """Return what a run has noted in a namespace, by its label."""
         query = "SELECT document, digest FROM sums WHERE run = ? AND namespace = ?"
         found = self.ledger.execute(query, (run, namespace)).fetchone()
-        return tables.read_sums(Delivered.loads, run, namespace, *found) if found else Delivered()
+        return tables.read_sums(RunSums.loads, run, namespace, *found) if found else RunSums()
 
-    def put_sums(self, run: str, namespace: str, sums: Delivered) -> None:
+    def put_sums(self, run: str, namespace: str, sums: RunSums) -> None:
         """Write these sums."""
         document = sums.dumps()
         digest = tables.sums_digest(run, namespace, document)
         self.ledger.execute(tables.ADD_SUMS, (run, namespace, self.stamp(), document, digest))
-
-    def add_unreported(self, run: str, namespace: str, account: Account) -> None:
-        """Add samples that were neither stored nor delivered."""
-        document = account.dumps()
-        digest = tables.sums_digest(run, namespace, document)
-        row = (self.stamp(), run, namespace, document, digest)
-        self.ledger.execute("INSERT INTO unreported VALUES(?, ?, ?, ?, ?)", row)
 
     def purse(self, namespace: str) -> Purse:
         """Return what a namespace, by its label, has spent of its budget."""
@@ -465,14 +514,15 @@ class SqlLedger(Ledger):
         key = known.get(question.key)
         if key is None:
             key = self._written.get(question.key)
-        if key is None:
+        if key is None or key <= self._deleted:
             key = self._id_of(question.key)
+            self._written.pop(question.key, None)  # readers look it up again
         if not key:
             if self._questions:
                 key = self._questions[-1][0] + 1
             else:
                 row = self.ledger.execute("SELECT max(id) FROM keys").fetchone()
-                key = (row[0] or 0) + 1
+                key = max(row[0] or 0, self._deleted) + 1
             self._questions.append((key, question.key, question.scope, question.document, at or self.now))
             self._new_keys.add(key)
         known[question.key] = key

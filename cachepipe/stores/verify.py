@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import orjson
 
-from cachepipe.accounting import Account, Delivered
+from cachepipe.accounting import RunSums
 from cachepipe.contract import keys
 from cachepipe.contract.allotment import DISCARDED, Segment, indices_of
 from cachepipe.contract.draws import SHARED, Draw, namespace_of
@@ -528,8 +528,7 @@ class _Check:
 
     def _check_sums(self) -> None:
         loaded: tuple[tuple[str, str, Callable[[bytes], Any]], ...] = (
-            ("sums", "stamp, run, namespace", Delivered.loads),
-            ("unreported", "stamp, run, namespace", Account.loads),
+            ("sums", "stamp, run, namespace", RunSums.loads),
             ("budgets", f"0, '{tables.BUDGET}', namespace", tables.load_purse),
             ("removals", f"stamp, id, '{tables.REMOVAL}'", orjson.loads),
         )

@@ -23,7 +23,7 @@ try:
 except ImportError as error:
     raise ImportError("StoreContract needs pytest: pip install pytest") from error
 
-from cachepipe.accounting import Delivered, Usage
+from cachepipe.accounting import Delivered, RunSums, Usage
 from cachepipe.contract.draws import SHARED, Draw, label
 from cachepipe.contract.entries import Entry
 from cachepipe.contract.intervals import IntervalSet
@@ -31,6 +31,7 @@ from cachepipe.contract.keys import Question
 from cachepipe.errors import StoreError
 from cachepipe.stores.base import (
     Adopt,
+    AdoptSums,
     Ahead,
     BeginSum,
     Claim,
@@ -893,7 +894,7 @@ class StoreContract:
         first, second = _delivered("m", 5), _delivered("other", 7)
         self.apply(store, Note("run", label("a"), first), Note("run", label("b"), first))
         self.apply(store, Note("run", label("a"), second), Note("another", label("a"), second))
-        found = {(note.run, note.namespace): note.delivered for note in store.sums()}
+        found = {(noted.run, noted.namespace): noted.sums.delivered for noted in store.sums()}
         assert {place: _tokens(sums) for place, sums in found.items()} == {
             ("run", label("a")): {"m": 5, "other": 7},
             ("run", label("b")): {"m": 5},
@@ -904,15 +905,26 @@ class StoreContract:
     def test_c6_what_is_taken_back_is_in_no_sum(self, store: Store) -> None:
         self.apply(store, Note("run", label(None), _delivered("m", 5)))
         self.apply(store, Note("run", label(None), _delivered("m", 5, times=-1)))
-        [note] = store.sums()
-        assert note.delivered.requests == 0
-        assert _tokens(note.delivered) == {"m": 0}
+        [noted] = store.sums()
+        assert noted.sums.delivered.requests == 0
+        assert _tokens(noted.sums.delivered) == {"m": 0}
 
-    def test_c6_unreported_calls_are_kept_one_by_one(self, store: Store) -> None:
+    def test_c6_unreported_calls_add_up_beside_what_was_delivered(self, store: Store) -> None:
         lost = _delivered("m", 5).as_asked
         for _ in range(2):
             self.apply(store, Note("run", label(None), unreported=lost))
-        assert [note.unreported.sold for note in store.sums()] == [lost.sold] * 2
+        self.apply(store, Note("run", label(None), _delivered("m", 3)))
+        [noted] = store.sums()
+        assert noted.sums.unreported.counts()["prompt_tokens"] == 10
+        assert (_tokens(noted.sums.delivered), noted.sums.notes) == ({"m": 3}, 3)
+
+    def test_c6_of_two_copies_of_what_a_run_has_noted_the_later_one_counts(self, store: Store) -> None:
+        early, late = (RunSums(_delivered("m", 5 * notes), notes=notes) for notes in (1, 2))
+        for sums in (early, late, late, early):
+            self.apply(store, AdoptSums("theirs", label("a"), sums))
+        self.apply(store, Note("ours", label("a"), _delivered("m", 1)))
+        found = {noted.run: _tokens(noted.sums.delivered) for noted in store.sums()}
+        assert found == {"theirs": {"m": 10}, "ours": {"m": 1}}
 
     def test_c6_every_sample_counts_as_bought_and_says_whether_a_namespace_holds_it(
         self, store: Store

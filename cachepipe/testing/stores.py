@@ -69,7 +69,7 @@ class FaultyStore:
         self.listen, self.look = store.listen, store.look
         self.keys, self.sample, self.samples = store.keys, store.sample, store.samples
         self.draws, self.namespaces = store.draws, store.namespaces
-        self.sums, self.bought = store.sums, store.bought
+        self.sums, self.bought, self.removals = store.sums, store.bought, store.removals
         self.entry, self.entries, self.entries_of = store.entry, store.entries, store.entries_of
 
     def __repr__(self) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import datetime as dt
 import random
 import sqlite3
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,10 +16,11 @@ from cachepipe.contract.draws import SHARED, Draw, label
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question, digest, encode
 from cachepipe.removing import compact, discard, forget, prune
-from cachepipe.stores.base import Claim, Commit, Erase, ReleaseHold, new_meta
+from cachepipe.stores.base import Claim, Commit, Drop, Erase, ReleaseHold, new_meta
 from cachepipe.stores.queued import Queued
 from cachepipe.stores.remote.engine import Read, Swap
 from cachepipe.stores.remote.verify import check
+from cachepipe.stores.sums import statements
 from cachepipe.stores.verify import verify
 from cachepipe.testing import MortalStore
 
@@ -289,13 +291,164 @@ def test_a_stopped_removal_is_recorded_and_leaves_the_cache_whole(folder, monkey
     assert held(folder) == ({("=two", "a"): (0, 1)}, [0, 1])
 
 
+# Whole questions.
+
+
+def facts(cache):
+    """Return what the listings say of a cache: keys, samples, discarded ones, and what was spent."""
+    with reading(cache) as store:
+        totals = store.totals()
+        spent = {name: each.spent.counts() for name, each in statements(store).items() if each.spent.sold}
+        listed = len(list(store.keys()))
+    return listed, totals["keys"], totals["samples"], totals["discarded"], spent
+
+
+def test_a_question_of_which_nothing_is_left_goes_too_and_its_cost_stays(folder):
+    spent = facts(folder)[-1]
+    assert spent["=one"]["samples"] == 4
+    removal = prune(folder, model="m", draws=True)
+    assert (removal.questions_deleted, removal.draws, removal.samples) == (1, 3, 4)
+    assert facts(folder) == (0, 0, 0, 0, spent)
+    report = verified(folder)
+    assert report.whole
+    assert set(report.counts.values()) == {0}
+    assert "answer" not in contents(folder)
+    with reading(folder) as store:
+        assert store.question(question().key) is None
+    assert prune(folder).questions == 0
+
+
+def test_c1_a_question_that_was_deleted_begins_anew(folder):
+    prune(folder, model="m", draws=True)
+    with calling(folder) as caller:
+        assert caller.draw("one", "a", 2, text="new") == [0, 1]
+        assert caller.draw("two", "a", 3, text="new") == [0, 1, 2]
+        grant = caller.store.recall(Draw(label("two"), question().key, "a", 0), 3)
+        assert [sample.payload for sample in grant.samples] == [b'"new 0"', b'"new 1"', b'"new 2"']
+    assert facts(folder)[:4] == (1, 1, 3, 0)
+    assert verified(folder).whole
+
+
+def test_a_question_with_a_draw_or_a_sample_stays(folder):
+    assert forget(folder, "one", samples=True).questions_deleted == 0
+    assert forget(folder, "two").questions_deleted == 0
+    assert facts(folder)[:4] == (1, 1, 2, 2)
+    removal = prune(folder)
+    assert (removal.samples, removal.questions_deleted) == (2, 1)
+    assert facts(folder)[:4] == (0, 0, 0, 0)
+
+
+@pytest.mark.filterwarnings("ignore:the server at .* may lose the samples of the last second")
+def test_c3_what_was_exported_comes_back_beside_what_is_new(folder, tmp_path):
+    bundle = tmp_path / "saved.cachepipe"
+    cachepipe.export(folder, bundle, namespaces=["two"])
+    prune(folder, model="m", draws=True)
+    with calling(folder) as caller:
+        assert caller.draw("three", "b", 1, text="new") == [0]
+    cachepipe.import_(bundle, folder)
+    assert held(folder) == ({("=three", "b"): (0,), ("=two", "a"): (2, 1)}, [0, 1, 2]), "ids tell them apart"
+    with reading(folder) as store:
+        grant = store.recall(Draw(label("two"), question().key, "a", 0), 2)
+        assert [sample.payload for sample in grant.samples] == [b'"answer 0"', b'"answer 1"']
+    assert verified(folder).whole
+
+
+@pytest.mark.filterwarnings("ignore:the server at .* may lose the samples of the last second")
+def test_c2_an_export_whose_draws_were_made_anew_is_refused(folder, tmp_path):
+    bundle = tmp_path / "saved.cachepipe"
+    cachepipe.export(folder, bundle, namespaces=["two"])
+    prune(folder, model="m", draws=True)
+    with calling(folder) as caller:
+        caller.draw("two", "a", 2, text="new")
+    with pytest.raises(StoreError):
+        cachepipe.import_(bundle, folder)
+    assert held(folder) == ({("=two", "a"): (0, 1)}, [0, 1])
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_c6_a_removal_that_is_stopped_at_a_question_counts_its_cost_once(folder, monkeypatch, when):
+    apply, spent = Queued.apply_and_wait, facts(folder)[-1]
+
+    def stopped(store, operations):
+        if isinstance(operations[0], Drop):
+            if when == "after":
+                apply(store, operations)
+                apply(store, operations) if store.question(question().key) is not None else None
+            raise KeyboardInterrupt
+        return apply(store, operations)
+
+    monkeypatch.setattr(Queued, "apply_and_wait", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        prune(folder, model="m", draws=True)
+    monkeypatch.undo()
+    assert facts(folder)[1] == (when == "before")
+    assert facts(folder)[-1] == spent
+    assert verified(folder).whole
+    assert prune(folder).questions_deleted == (when == "before")
+    assert facts(folder) == (0, 0, 0, 0, spent)
+
+
+def test_a_question_that_somebody_draws_meanwhile_stays(folder, monkeypatch):
+    apply = Queued.apply_and_wait
+
+    def late(store, operations):
+        if isinstance(operations[0], Drop):
+            with calling(folder) as caller:
+                assert caller.draw("late", "b", 1, text="new") == [4]
+        return apply(store, operations)
+
+    monkeypatch.setattr(Queued, "apply_and_wait", late)
+    assert prune(folder, model="m", draws=True).questions_deleted == 0
+    assert held(folder) == ({("=late", "b"): (4,)}, [4])
+    assert verified(folder).whole
+
+
+def test_c9_a_process_that_knew_a_deleted_question_finds_the_new_one(tmp_path):
+    alive = set()
+    theirs = MortalStore(tmp_path, "host-1-0123456789ab", alive)
+    reader, first = Caller.__new__(Caller), Caller.__new__(Caller)
+    reader.store = theirs
+    other = question("other")
+    with contextlib.closing(MortalStore(tmp_path, "host-2-0123456789ab", alive)) as store:
+        first.store = store
+        first.draw("one", "a", 2)
+        assert len(theirs.recall(Draw(label("one"), question().key, "a", 0), 2).samples) == 2
+    alive.remove("host-2-0123456789ab")
+    assert prune(tmp_path, model="m", draws=True).questions_deleted == 1
+    with calling(tmp_path) as caller:
+        caller.draw("one", "a", asked=other, text="other")
+        caller.draw("one", "a", asked=question(), text="new")
+    draw = Draw(label("one"), question().key, "a", 0)
+    assert theirs.recall(draw, 2) is None
+    assert reader.draw("one", "a", 2, text="more") == [0, 1]
+    assert [sample.payload for sample in theirs.recall(draw, 2).samples] == [b'"new 0"', b'"more 1"']
+    theirs.close()
+    assert verified(tmp_path).whole
+
+
+def test_c12_a_folder_whose_last_samples_were_deleted_is_opened_again(tmp_path):
+    for number in range(3):
+        with calling(tmp_path) as caller:
+            caller.draw("one", "a", asked=question(str(number)))
+    with contextlib.closing(
+        open_store(tmp_path)[0]
+    ) as writer:  # it notes what it has stored last when it ends
+        Caller.draw(SimpleNamespace(store=writer), "two", "b", asked=question("2"))
+        Caller.draw(SimpleNamespace(store=writer), "two", "b", asked=question("3"))
+    assert prune(tmp_path, namespace="two", draws=True).questions_deleted == 1
+    assert prune(tmp_path, namespace="one", draws=True).questions_deleted == 3
+    with calling(tmp_path) as caller:
+        assert caller.draw("one", "a", asked=question("2")) == [0]
+    assert verified(tmp_path).whole
+
+
 def test_a_store_in_memory_is_pruned_too():
     store = MemoryStore()
     caller = Caller.__new__(Caller)
     caller.store = store
     caller.draw("one", "a", 2)
     assert forget(store, "one", samples=True).samples == 2
-    assert caller.draw("one", "a", 2) == [2, 3]
+    assert caller.draw("one", "a", 2) == [0, 1]
 
 
 def test_a_damaged_record_is_found(folder):

@@ -12,12 +12,14 @@ import threading
 import pytest
 
 import cachepipe
-from cachepipe import DiskStore, NotStored, OnlineAPI, Request, Response
+from cachepipe import Budget, BudgetExceeded, DiskStore, NotStored, OnlineAPI, Prices, Request, Response
 from cachepipe.accounting import noted
 from cachepipe.contract.draws import label
+from cachepipe.flow.budget import Spending
+from cachepipe.sharing import export, import_, merge, sync
 from cachepipe.stores import sums
 from cachepipe.stores.base import Discard, Note
-from cachepipe.stores.sums import statements
+from cachepipe.stores.sums import run_statements, statements
 from cachepipe.testing import FaultyStore
 from cachepipe.values import Codec
 
@@ -89,7 +91,7 @@ async def test_c6_a_run_and_two_replays_of_it_save_twice_what_the_run_was_billed
         "wasted": NOTHING,
     }
     assert statements(store)[label(None)].delivered.requests == 6
-    assert len({note.run for note in store.sums()}) == 3
+    assert len({noted.run for noted in store.sums()}) == 3
 
 
 async def test_c6_a_run_keeps_its_name_and_another_run_has_another(store):
@@ -100,7 +102,7 @@ async def test_c6_a_run_keeps_its_name_and_another_run_has_another(store):
             await pipeline.request(Request("p"))
             await pipeline.request(Request("q"))
         first = pipeline.store
-    counts = {note.run: note.delivered.requests for note in first.sums()}
+    counts = {noted.run: noted.sums.delivered.requests for noted in first.sums()}
     assert sorted(counts.values()) == [2, 2]
     made_in = {sample.meta["run"] for info in store.keys() for sample in store.samples(info.key)}  # noqa: SIM118 - a store's method
     assert made_in == set(counts)
@@ -220,7 +222,7 @@ async def test_c6_what_was_neither_stored_nor_delivered_is_unreported(store):
             await second
     assert figures(store)["spent"] == (2, 0)
     assert figures(store)["unreported"] == (1, 0)
-    assert [note.unreported.counts()["samples"] for note in store.sums() if note.unreported.sold] == [1]
+    assert [noted.sums.unreported.counts()["samples"] for noted in store.sums()] == [1]
 
 
 async def test_c6_a_response_that_did_not_reach_its_caller_is_taken_back(store):
@@ -350,3 +352,71 @@ async def test_c6_a_program_that_closes_nothing_has_its_sums_written_when_it_end
     store = DiskStore(tmp_path / "cache", read_only=True)
     assert figures(store)["billed"] == figures(store)["spent"] == (10, 5 * 16)
     store.close()
+
+
+# Handed on.
+
+
+def bought_by(number):
+    """What a namespace has bought when it has asked so many questions for one sample each."""
+    return (number, number * (PROMPT + COMPLETION))
+
+
+async def asks(store, *prompts, namespace="x", **seller):
+    """A run that asks some questions, and then the first one again in another run."""
+    async with OnlineAPI(Seller(**seller), store) as pipeline:
+        for prompt in prompts:
+            await pipeline.request(Request(prompt, namespace=namespace))
+        with cachepipe.run():
+            await pipeline.request(Request(prompts[0], namespace=namespace))
+
+
+async def test_c6_a_merge_hands_on_what_runs_were_billed_and_saved_however_often(new_store):
+    one, other, both = new_store(), new_store(), new_store()
+    await asks(one, "a", "b")
+    await asks(other, "c", "d", "e")
+    await asks(other, "f", namespace="y")
+    for _ in range(2):
+        merge([one, other], both)
+    found = figures(both, "x")
+    assert (found["spent"], found["billed"], found["saved"]) == (bought_by(5), bought_by(5), bought_by(2))
+    assert (found["unreported"], found["wasted"]) == (NOTHING, NOTHING)
+    assert figures(both, "y") == figures(other, "y")
+    assert runs_of(both) == runs_of(one) | runs_of(other)
+    await asks(one, "g")  # and goes on
+    merge([one], both)
+    sync(both, one)
+    sync(one, both)
+    assert figures(both, "x")["billed"] == figures(one, "x")["billed"] == bought_by(6)
+    assert figures(both, "x")["saved"] == figures(one, "x")["saved"] == bought_by(3)
+
+
+def runs_of(store):
+    """What each run was billed in each namespace."""
+    return {
+        (run.run, run.namespace): run.statement.delivered.billed.counts()["samples"]
+        for run in run_statements(store)
+    }
+
+
+async def test_c6_what_was_paid_and_not_stored_is_handed_on(new_store):
+    one, both = new_store(), new_store()
+    with pytest.warns(NotStored):
+        await asks(one, "a", storable=False)
+    assert figures(one, "x")["spent"][0] == 2
+    merge([one, one], both)
+    assert figures(both, "x") == figures(one, "x")
+
+
+async def test_c6_a_bundle_hands_on_what_was_spent_and_a_budget_counts_it(new_store, tmp_path):
+    one, other = new_store(), new_store()
+    await asks(one, "a", "b")
+    export(one, tmp_path / "x.cachepipe")
+    for _ in range(2):
+        import_(tmp_path / "x.cachepipe", other)
+    found = figures(other, "x")
+    assert (found["spent"], found["billed"], found["unreported"]) == (bought_by(2), NOTHING, bought_by(2))
+    prices = Prices({"m-1": {"prompt": 1000, "completion": 1000, "max_tokens": COMPLETION}})
+    spending = Spending(other, Budget(0.001 * bought_by(2)[1], prices=prices))
+    with pytest.raises(BudgetExceeded):
+        await spending.hold("x", 0.001, ("m-1", Seller.cache_scope))

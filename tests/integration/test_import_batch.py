@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from contextlib import suppress
+from pathlib import Path
 
 import orjson
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cachepipe import DiskStore
+from cachepipe import DiskStore, MemoryStore
 from cachepipe.batch import BatchFileError, run_file
 from cachepipe.cli.group import cli
 from cachepipe.clients import OpenAI
 from cachepipe.importers import import_batch
 from cachepipe.prices import Prices
 from cachepipe.sharing import merge
+from cachepipe.stores.remote.session import Session
+from cachepipe.stores.remote.store import RemoteStore
 from cachepipe.stores.sums import statements
 from cachepipe.stores.verify import verify
+from cachepipe.testing import MemoryEngine
 
 pytestmark = pytest.mark.anyio
 
@@ -246,6 +254,24 @@ async def test_another_scope_is_that_of_another_server(batch, tmp_path):
     assert (report.calls, report.failed) == (0, 0)
 
 
+@pytest.mark.parametrize("kind", ["memory", "server"])
+async def test_every_kind_of_store_takes_a_batch(batch, tmp_path, kind):
+    store = MemoryStore() if kind == "memory" else RemoteStore(Session(MemoryEngine(), renews=False))
+    assert import_batch(*batch, store, namespace="exp").counts.samples == 6
+    assert import_batch(*batch, store, namespace="exp").counts.same == 4
+    _, report = await ran(tmp_path, TAKEN, cache=store, namespace="exp", base_url="https://api.openai.com/v1")
+    assert (report.calls, report.failed, report.hits) == (0, 0, 6)
+    store.close()
+
+
+async def test_a_known_provider_needs_no_key_for_an_import(batch, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENROUTER_API_KEY", raising=False)
+    assert import_batch(*batch, tmp_path / "cache", base_url="openrouter").taken == 4
+    store = DiskStore(tmp_path / "cache", read_only=True)
+    assert {info.scope.partition("/api/")[0] for info in store.keys()} == {"https://openrouter.ai"}  # noqa: SIM118 - a store is no mapping
+    store.close()
+
+
 async def test_c6_a_batch_costs_half_and_no_budget_pays_for_it(batch, tmp_path):
     import_batch(*batch, tmp_path / "cache", namespace="exp")
     prices = Prices({"gpt-4o-mini": {"prompt": 1, "completion": 2}, "text-embedding-3-small": {"prompt": 1}})
@@ -265,6 +291,46 @@ async def test_results_of_run_are_refused(batch, tmp_path):
     await ran(tmp_path, TAKEN, cache=tmp_path / "cache", base_url="https://api.openai.com/v1")
     with pytest.raises(BatchFileError, match=r"was written by `cachepipe run` \(line 1\)"):
         import_batch(requests, [tmp_path / "again.out.jsonl"], tmp_path / "cache")
+
+
+def places(value, before=()):
+    """The paths of all parts of a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    yield before
+    for name, item in items:
+        yield from places(item, (*before, name))
+
+
+def changed(value, place, new):
+    """A copy of a JSON value with another part."""
+    if not place:
+        return new
+    copy = value.copy()
+    copy[place[0]] = changed(value[place[0]], place[1:], new)
+    return copy
+
+
+JUNK = [None, 0, -1, 1.5, True, "", "x", "\ud800", [], {}, [1], {"a": 1}, 10**30, float("nan"), [[[]]]]
+CHANGES = [(number, place) for number, each in enumerate([*ROWS, *ERRORS]) for place in places(each)]
+
+
+@given(st.lists(st.tuples(st.sampled_from(CHANGES), st.sampled_from(JUNK)), min_size=1, max_size=4))
+def test_c8_no_malformed_result_stops_an_import_and_each_is_named(changes):
+    rows = [*ROWS, *ERRORS]
+    for (number, place), new in changes:
+        with suppress(KeyError, IndexError, TypeError, AttributeError):  # an earlier change took the place
+            rows[number] = changed(rows[number], place, new)
+    store = MemoryStore()
+    with tempfile.TemporaryDirectory() as folder:
+        requests = written(Path(folder, "input.jsonl"), REQUESTS)
+        results = Path(folder, "output.jsonl")
+        results.write_text("".join(f"{json.dumps(each)}\n" for each in rows))
+        first = import_batch(requests, [results], store)
+        again = import_batch(requests, [results], store)
+    store.close()
+    named = {each.name for each in first.left}
+    assert first.taken + len(named & {each["custom_id"] for each in REQUESTS}) >= len(REQUESTS)
+    assert (again.counts.samples, again.counts.draws, again.taken) == (0, 0, first.taken)
 
 
 def command(*arguments):

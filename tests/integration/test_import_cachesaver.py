@@ -11,17 +11,20 @@ import shutil
 import sqlite3
 from pathlib import Path
 
+import diskcache
 import orjson
 import pytest
 from click.testing import CliRunner
+from groq.types.chat import ChatCompletion as GroqCompletion
 
 import cachepipe
 from cachepipe import OnlineAPI, StoreError
 from cachepipe.cli.group import cli
-from cachepipe.clients import Anthropic, OpenAI, Together
+from cachepipe.clients import Anthropic, Groq, OpenAI, Together
 from cachepipe.compat.cachesaver.models import openai as compat
 from cachepipe.compat.cachesaver.typedefs import Request
 from cachepipe.importers import import_cachesaver
+from cachepipe.importers.deephash import key_of
 from cachepipe.sharing import merge
 from cachepipe.stores.verify import verify
 
@@ -88,8 +91,10 @@ def replayed(cache, body, count, **options):
 
 
 async def test_c10_clients_get_the_samples_from_the_front_as_cachesavers_reruns_do(folder, cache, tmp_path):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     imported = import_cachesaver(folder, file_of(tmp_path, LINES), cache, **MODEL)
     assert (imported.found, imported.taken, imported.counts.samples) == (7, 5, 117)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert replayed(cache, CITY, 3, namespace="one") == TEXTS["city"]
     assert replayed(cache, {**CITY, "n": 3}, 1, namespace="two") == TEXTS["city"]
     assert replayed(cache, RIVER, 2) == TEXTS["river"]
@@ -125,7 +130,7 @@ async def test_c6_the_usage_that_cachesaver_copies_to_each_sample_counts_once(fo
 
 async def test_what_has_no_request_is_named_with_what_it_holds(folder, cache, tmp_path):
     imported = import_cachesaver(folder, file_of(tmp_path, LINES[:1]), cache, **MODEL)
-    left = {each.why.split("such as ")[-1]: each for each in imported.left}
+    left = {each.why.split("such as ")[-1].strip('"'): each for each in imported.left}
     assert (imported.taken, len(imported.left)) == (1, 6)
     river = left[" ".join(TEXTS["river"][0].split())[:60]]
     assert (river.name, "no request of requests.jsonl has this key; it has 2 samples" in river.why) == (
@@ -188,10 +193,37 @@ async def test_a_model_of_ones_own_gets_its_samples_from_python(folder, cache):
         assert (await pipeline.request(request)).data == TEXTS["dice"]
 
 
+async def test_c10_answers_of_groqs_sdk_are_those_of_groq(folder, cache, tmp_path):
+    rows = sqlite3.connect(folder / "cache.db")
+    [(data,)] = rows.execute("SELECT value FROM Cache WHERE rowid = 1")
+    cities = [GroqCompletion.construct(**each.to_dict()) for each in pickle.loads(data)]
+    rows.execute("UPDATE Cache SET value = ? WHERE rowid = 1", (pickle.dumps(cities),))
+    rows.commit()
+    rows.close()
+    assert import_cachesaver(folder, file_of(tmp_path, LINES[:1]), cache, **MODEL).taken == 1
+    with Groq(cache=cache, mode="replay") as client:
+        texts = [client.chat.completions.create(**CITY).choices[0].message.content for _ in range(3)]
+    assert texts == TEXTS["city"]
+
+
+async def test_a_folder_that_a_program_has_open_is_read_with_what_is_in_its_log(folder, cache, tmp_path):
+    with diskcache.Cache(str(folder)) as theirs:
+        theirs[key_of(SEA, ())] = [*theirs[key_of(CITY, ())], *theirs[key_of(RIVER, ())]]
+        assert (folder / "cache.db-wal").stat().st_size
+        imported = import_cachesaver(folder, file_of(tmp_path, [{"kwargs": SEA}]), cache, **MODEL)
+    assert imported.counts.samples == 5
+
+
 async def test_c12_other_folders_are_refused(cache, tmp_path):
     requests = file_of(tmp_path, LINES)
     with pytest.raises(StoreError, match=r"holds no file cache\.db"):
         import_cachesaver(tmp_path, requests, cache)
+    shutil.copytree(MADE / "cache", tmp_path / "trap")
+    rows = sqlite3.connect(tmp_path / "trap" / "cache.db")
+    rows.execute("CREATE TRIGGER x AFTER INSERT ON Cache BEGIN DELETE FROM Cache; END")
+    rows.close()
+    with pytest.raises(StoreError, match="holds 'x', which cachepipe does not create"):
+        import_cachesaver(tmp_path / "trap", requests, cache)
     cachepipe.DiskStore(tmp_path / "ours").close()
     with pytest.raises(StoreError, match="is a cache of cachepipe"):
         import_cachesaver(tmp_path / "ours", requests, cache)

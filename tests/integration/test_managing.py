@@ -189,6 +189,36 @@ def test_a_removal_that_is_killed_breaks_no_promise(cache, when):
     assert ask(cache, "one", 4)[1] == 2
 
 
+KILLED_AT_A_QUESTION = """
+import os, sys
+import cachepipe
+from cachepipe.stores import transaction
+def killed(self, name):
+    os._exit(9)
+transaction.SqlLedger._delete = killed
+cachepipe.prune(sys.argv[1], model="count", draws=True)
+"""
+
+
+def test_a_folder_whose_question_was_being_deleted_in_a_kill_is_whole_after_the_next_removal(folder):
+    spent = json.loads(called(folder, "stats", "--json").stdout)["spent"]
+    done = subprocess.run([sys.executable, "-c", KILLED_AT_A_QUESTION, str(folder)], timeout=60, check=False)
+    assert done.returncode == 9
+    told = json.loads(called(folder, "prune", "--yes", "--json").stdout)
+    assert told["questions_deleted"] == 1
+    after = json.loads(called(folder, "stats", "--json").stdout)
+    assert (after["keys"], after["spent"]) == (0, spent)
+    assert json.loads(called(folder, "verify", "--json").stdout)["whole"]
+    assert ask(folder, "one", 4)[1] == 4
+
+
+def test_a_question_of_which_nothing_is_left_is_told(cache):
+    told = called(cache, "prune", "--draws", "--model", "count", "--yes").stdout
+    assert "1 question; deleted too" in told
+    assert json.loads(called(cache, "stats", "--json").stdout)["keys"] == 0
+    assert "count" not in called(cache, "ls").stdout.replace(str(cache), "")
+
+
 def test_a_compaction_that_is_killed_leaves_the_cache_as_it_was(folder):
     code = (
         "import os, sys, sqlite3\nimport cachepipe\nfrom cachepipe.stores import disk\n"

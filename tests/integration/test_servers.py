@@ -289,7 +289,7 @@ def test_c6_what_a_program_has_not_closed_is_written_when_it_ends(start):
     server = start()
     subprocess.run([sys.executable, "-W", "error", "-c", UNCLOSED, server.url()], check=True, timeout=60)
     store, _ = open_store(server.url(), read_only=True)
-    assert [note.delivered.requests for note in store.sums()] == [1]
+    assert [noted.sums.delivered.requests for noted in store.sums()] == [1]
     assert store.totals()["samples"] == 2
     store.close()
 

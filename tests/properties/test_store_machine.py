@@ -33,7 +33,7 @@ from cachepipe.contract.keys import Question
 from cachepipe.errors import StoreError
 from cachepipe.runs import Occurrences
 from cachepipe.stores import reading
-from cachepipe.stores.base import Claim, Commit, Discard, Erase, ReleaseHold, ReleaseLease, Withdraw
+from cachepipe.stores.base import Claim, Commit, Discard, Drop, Erase, ReleaseHold, ReleaseLease, Withdraw
 from cachepipe.stores.remote import session
 from cachepipe.stores.remote.copies import Copies
 from cachepipe.stores.remote.engine import Unreachable
@@ -421,6 +421,27 @@ class StoreMachine(RuleBasedStateMachine):
         for index in erased.indices:
             self.stored[key].pop(index, None)
             self.discarded[key].add(index)
+
+    @rule(process=st.integers(0, 1), key=st.sampled_from(KEYS))
+    def drop(self, process, key):
+        """Delete a question if nothing is left of it; it then begins anew."""
+        process = self.at(process)
+        if process.question(key) is None:
+            return
+        used = self.ledger(key) or self.stored[key] or any(name == key for name, _ in self.pending)
+        for _ in range(2):  # a folder may have to note another sample at its checkpoint first
+            if process.question(key) is not None:
+                self.apply(process, Drop(key, sorted(self.discarded[key])))
+        if used:
+            assert process.question(key) is not None
+            return
+        for each in self.processes:
+            assert each.question(key) is None
+        assert not any(name == key for _, name in self.taken())
+        self.discarded.pop(key, None)
+        for account in (self.ever, self.replaced):
+            for place in [place for place in account if place[1] == key]:
+                del account[place]
 
     @rule(process=st.integers(0, 1), draw=draws, n=st.integers(1, 3))
     def recall(self, process, draw, n):

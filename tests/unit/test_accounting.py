@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachepipe.accounting import Account, Delivered, noted, sold_in, usage_of, usage_sold
+from cachepipe.accounting import Account, Delivered, RunSums, noted, sold_in, usage_of, usage_sold
 from cachepipe.wire import CHAT
 
 URL = "http://model/v1/chat/completions"
@@ -216,7 +216,7 @@ def test_c6_a_header_that_cannot_be_read_is_unknown_usage(sold):
 
 def test_sums_are_the_same_after_they_were_written():
     sums = deliver((call(10, [1, 2]), [False, True]), (call(10, [5], usage=False), [False]))
-    again = Delivered.loads(sums.dumps())
+    again = RunSums.loads(RunSums(sums, notes=1).dumps()).delivered
     assert again.requests == sums.requests == 2
     assert {name: account.sold for name, account in again.accounts().items()} == {
         name: account.sold for name, account in sums.accounts().items()

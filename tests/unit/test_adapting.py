@@ -28,6 +28,7 @@ def test_only_the_door_looks_up_what_a_model_offers():
     found = [
         f"{path.relative_to(package)}:{number}"
         for path in sorted(package.rglob("*.py"))
+        if path != package / "sdk" / "internals.py"  # it looks up what SDKs have
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if re.search(r"getattr\(.*model|inspect\.signature", line)
     ]

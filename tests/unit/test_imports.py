@@ -117,7 +117,7 @@ def test_a_missing_extra_is_said_once(module, tmp_path):
 def test_every_module_of_the_package_can_be_imported():
     names = [info.name for info in pkgutil.walk_packages(cachepipe.__path__, "cachepipe.")]
     assert len(names) > 20
-    heavy = {"cachepipe.models.transformers"}
+    heavy = {"cachepipe.models.transformers", "cachepipe.models.hf_transformers"}
     heavy |= {f"cachepipe.ray.{name}" for name in ("cluster", "data", "pool")}
     for name in names:
         if not name.endswith("__main__") and name not in heavy:

@@ -9,8 +9,8 @@ from cachepipe.contract.keys import Question
 from cachepipe.errors import StoreError
 from cachepipe.removing import forget, prune
 from cachepipe.runs import Occurrences
-from cachepipe.stores.base import Claim, Commit, Erase, ReleaseHold, Withdraw
-from cachepipe.stores.remote import local, rows
+from cachepipe.stores.base import Claim, Commit, Drop, Dropped, Erase, ReleaseHold, Withdraw
+from cachepipe.stores.remote import local
 from cachepipe.stores.remote.engine import Unreachable
 from cachepipe.stores.remote.session import Session
 from cachepipe.stores.remote.store import RemoteStore
@@ -211,6 +211,52 @@ def test_many_samples_of_one_question_are_deleted(start, store):
     store.write([Withdraw(KEY, [label("x"), label("y")])])
     store.write([Commit(KEY, None, b"extra", {}) for _ in range(1200)])
     assert prune(store).samples == 1202
-    assert indices(store) == []
-    assert len(list(store.discards(KEY))) == 1202
-    assert rows.KNOWN in store.session.engine.rows_of(KEY)
+    assert store.session.engine.rows[KEY] == {}, "nothing is left of the question"
+
+
+# Whole questions.
+
+
+def emptied(store):
+    """Remove all draws and samples of the question, but not the question."""
+    store.write([Withdraw(KEY, [label("x"), label("y")])])
+    store.write([Erase(KEY, [0, 1], "test")])
+
+
+def test_a_question_that_is_drawn_between_the_look_and_the_deletion_stays(engine, start, store):
+    other = start()
+    emptied(store)
+    before_next_swap(engine, lambda: claim(other, drawn("b")))
+    assert store.write([Drop(KEY, [0, 1])]) == [Dropped(gone=False)]
+    assert claim(other, drawn("b")).indices == [2]
+
+
+def test_c1_a_claim_sees_that_its_question_was_deleted_meanwhile(engine, start, store):
+    other = start()
+    emptied(store)
+    before_next_swap(engine, lambda: other.write([Drop(KEY, [0, 1])]))
+    assert fill(store, drawn("b")) == [0]
+    assert other.question(KEY) is not None
+    assert [sample.payload for sample in other.samples(KEY)] == [b"0"]
+
+
+def test_c12_what_a_process_remembers_of_a_deleted_question_is_not_used(start, store):
+    late = start()
+    store.write([Commit(KEY, None, b"extra", {})])
+    store.write([Withdraw(KEY, [label("x"), label("y")])])
+    assert prune(late).questions_deleted == 1
+    with pytest.raises(StoreError, match=f"knows no key {KEY}"):
+        store.apply_now([Commit(KEY, None, b"late", {})])
+    assert fill(late, drawn("b")) == [0]
+    [committed] = store.write([Commit(KEY, None, b"extra", {})])
+    assert committed.sample.index == 1
+
+
+def test_a_deletion_whose_answer_was_lost_is_performed_once(engine, store):
+    def lose(_swaps):
+        engine.after_swap = None
+        raise Unreachable("the answer was lost")
+
+    emptied(store)
+    engine.after_swap = lose
+    assert store.write([Drop(KEY, [0, 1])]) == [Dropped(gone=True)]

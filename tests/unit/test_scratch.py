@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from cachepipe import MemoryStore
+from cachepipe.sharing import export, unpacked
 from cachepipe.stores.scratch import scratch_folder
 
 HOLDER = """
@@ -40,6 +42,17 @@ def test_a_folder_is_gone_after_its_block_also_after_an_error(temporary):
 
     with pytest.raises(ZeroDivisionError):
         fail()
+    assert [*temporary.iterdir()] == []
+
+
+def test_a_bundle_is_unpacked_into_such_a_folder(temporary, tmp_path_factory):
+    bundle = tmp_path_factory.mktemp("bundle") / "empty.cachepipe"
+    store = MemoryStore()
+    export(store, bundle)
+    store.close()
+    with unpacked(bundle) as store:
+        (folder,) = temporary.iterdir()
+        assert store.folder == folder
     assert [*temporary.iterdir()] == []
 
 

@@ -26,8 +26,10 @@ class Client:
     Args:
         namespace: the unit within which samples are independent.
         cachedir: the folder of the cache, or another cache that cachepipe takes.
-        batch_size: has no effect. Equal requests in flight are merged, and others go out as they come.
-        timeout: has no effect, for the same reason. A time-out of calls is an option of each call.
+        batch_size: the largest number of samples that a local model generates together. It has no effect
+            otherwise: equal requests in flight are merged, and others go out as they come.
+        timeout: seconds that a batch of a local model stays open. It has no effect otherwise. A time-out of
+            calls is an option of each call.
         client_kwargs: parameters of the SDK's client, or of cachepipe's.
 
     Attributes:
@@ -36,6 +38,8 @@ class Client:
 
     _several: bool = False
     """Whether ``n`` makes several calls, because the API has no parameter for it."""
+    _batches: bool = False
+    """Whether cachepipe's client takes ``batch_size`` and ``timeout``."""
 
     def __init__(
         self,
@@ -47,6 +51,8 @@ class Client:
     ) -> None:
         self.namespace, self.cachedir = namespace, cachedir
         self.batch_size, self.timeout = batch_size, timeout
+        if self._batches:
+            client_kwargs |= {"batch_size": batch_size, "timeout": timeout or 0.0}
         self.client = self._make(cache=cachedir, namespace=namespace, **client_kwargs)
         self._run = runs.Run()
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
-from cachepipe.accounting import Account, Delivered
+from cachepipe.accounting import RunSums
 from cachepipe.contract.allotment import Discarded, Segment, answers_alike
 from cachepipe.contract.budgets import Purse
 from cachepipe.contract.draws import SHARED, Draw
 from cachepipe.contract.entries import Entry
-from cachepipe.contract.intervals import Interval, IntervalSet, Union
+from cachepipe.contract.intervals import Interval, IntervalSet, Union, intervals_of
 from cachepipe.contract.schedule import LAST
 from cachepipe.errors import StoreError
 from cachepipe.stores import tables
@@ -248,6 +248,18 @@ class Book:
         name = rows.numbered(SAMPLE, index)
         self.put_row(name, rows.dump_erased(self.name, index, self.row(name)))
         self._samples.pop(index, None)
+
+    def delete_all(self) -> None:
+        """Delete all rows: there are no draws."""
+        listed = [index for each in intervals_of(self.indices(rows.LISTED)) for index in range(*each)]
+        names = [*self.show_all(), *(rows.numbered(SAMPLE, index) for index in listed)]
+        self._sets.clear()
+        self._draws.clear()
+        self._firsts.clear()
+        self._changed.clear()
+        self._samples.clear()
+        for name in names:
+            self.delete(name)
 
     def withdraw(self, namespace: str) -> None:
         """Delete what a namespace has taken and used; its draws have no segments any more."""
@@ -700,26 +712,23 @@ class _Ledger(Ledger):
             self._book.put_why(index, why)
             self._book.erase(index)
 
+    def delete(self, keys: Sequence[KeyRows]) -> list[bool]:
+        for _ in keys:  # the book has one key
+            self._book.delete_all()
+        return [True] * len(keys)
+
     def put_removal(self, name: str, document: bytes) -> None:
         self._book.put(rows.REMOVAL + name.encode(), document)
 
     # Sums: the key is a run.
 
-    def sums(self, run: str, namespace: str) -> Delivered:  # noqa: ARG002 - the book has one run
+    def sums(self, run: str, namespace: str) -> RunSums:  # noqa: ARG002 - the book has one run
         name = rows.SUMS + rows.encoded(namespace)
         content = self._book.content(name)
-        return (
-            Delivered()
-            if content is None
-            else rows.load_sums(Delivered.loads, self._book.name, name, content)
-        )
+        return RunSums() if content is None else rows.load_sums(RunSums.loads, self._book.name, name, content)
 
-    def put_sums(self, run: str, namespace: str, sums: Delivered) -> None:  # noqa: ARG002 - likewise
+    def put_sums(self, run: str, namespace: str, sums: RunSums) -> None:  # noqa: ARG002 - likewise
         self._book.put(rows.SUMS + rows.encoded(namespace), sums.dumps())
-
-    def add_unreported(self, run: str, namespace: str, account: Account) -> None:  # noqa: ARG002 - likewise
-        name = rows.UNREPORTED + new_id().encode()
-        self._book.put(name, rows.dumps([namespace, account.dumps().decode()]))
 
     # Budgets: all are under one key.
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-from cachepipe.accounting import Account, Delivered
+from cachepipe.accounting import RunSums
 from cachepipe.contract.allotment import indices_of
 from cachepipe.contract.draws import SHARED, namespace_of
 from cachepipe.contract.entries import Entry
@@ -15,12 +15,12 @@ from cachepipe.contract.intervals import Interval, IntervalSet, covered
 from cachepipe.contract.keys import Question, encode
 from cachepipe.errors import DamagedCache, UnsafeRow
 from cachepipe.stores.base import (
+    AdoptSums,
     Bought,
     DiscardInfo,
     DrawInfo,
     KeyInfo,
     NamespaceInfo,
-    Note,
     Sample,
     StoredQuestion,
 )
@@ -170,21 +170,16 @@ class Listing:
                 count, generated = draws[label]
                 yield NamespaceInfo(namespace_of(label), count, samples.get(label, 0), generated)
 
-    def sums(self) -> Iterator[Note]:
-        """Iterate over the sums of the runs, and over what they have left unreported."""
+    def sums(self) -> Iterator[AdoptSums]:
+        """Iterate over what the runs have noted."""
         self._check()
         seen: dict[str, Rows] = dict(self.session.engine.scan(RUN))
         for key, found in seen.items():
-            run = key.removeprefix(RUN)
             for name, row in found.items():
-                content = rows.unpack(key, name, row)
                 if name.startswith(rows.SUMS):
-                    label = rows.decoded(name[len(rows.SUMS) :])
-                    yield Note(run, label, rows.load_sums(Delivered.loads, key, name, content))
-                elif name.startswith(rows.UNREPORTED):
-                    label, document = rows.loads(key, name, content)
-                    lost = rows.load_sums(Account.loads, key, name, document.encode())
-                    yield Note(run, label, unreported=lost)
+                    content, label = rows.unpack(key, name, row), rows.decoded(name[len(rows.SUMS) :])
+                    sums = rows.load_sums(RunSums.loads, key, name, content)
+                    yield AdoptSums(key.removeprefix(RUN), label, sums)
 
     def bought(self) -> Iterator[Bought]:
         """Iterate over all samples, the discarded ones too, as they count in what was spent."""

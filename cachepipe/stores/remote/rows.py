@@ -16,8 +16,7 @@ or was moved to another place, is refused when it is read. Samples have the form
 | ``s/INDEX`` | the sample |
 | ``w/INDEX`` | when the sample was discarded, and why |
 | ``u/NAMESPACE`` | when the namespace first used the shared draw |
-| ``m/NAMESPACE`` | the sums of a run, which is the key |
-| ``n/NUMBER`` | what a run has left unreported |
+| ``m/NAMESPACE`` | what a run, which is the key, has noted |
 | ``b/NAMESPACE`` | what was spent and reserved of the namespace's budget |
 | ``x/ID`` | what a command has removed |
 """
@@ -54,7 +53,6 @@ FIRST: Final = b"o/"
 WHY: Final = b"w/"
 USE: Final = b"u/"
 SUMS: Final = b"m/"
-UNREPORTED: Final = b"n/"
 BUDGET: Final = b"b/"
 REMOVAL: Final = b"x/"
 

@@ -27,10 +27,12 @@ from cachepipe.errors import StoreError, StoreUnreachable
 from cachepipe.stores import operations
 from cachepipe.stores.base import (
     Adopt,
+    AdoptSums,
     BeginSum,
     Claim,
     Commit,
     Discard,
+    Drop,
     EndSum,
     Erase,
     Grant,
@@ -52,6 +54,7 @@ from cachepipe.stores.remote.copies import Copies
 from cachepipe.stores.remote.engine import DIGEST, PENDING, SAMPLE, Engine, Read, Rows, Swap, Unreachable
 from cachepipe.stores.remote.failovers import Watch
 from cachepipe.stores.remote.local import LocalCopy
+from cachepipe.stores.remote.made import MadeDraws
 from cachepipe.stores.remote.recent import Recent
 
 LEASE: Final = 3.0
@@ -62,10 +65,9 @@ PATIENCE: Final = 30.0
 _REMEMBERED: Final = 4096  # keys whose rows are remembered
 _ALIVE_FOR: Final = 0.25  # seconds for which a process that was found alive counts as alive
 _PAUSES: Final = (0.02, 1.0)  # seconds between two tries of an engine that does not answer: first, last
-_TURN: Final = 0.002  # seconds between two tries of a key that is reserved for another process
+_TURN: Final = 0.001  # seconds between two tries of a key that is reserved for another process
 _GUESSES: Final = 64  # samples that are read ahead for the claims of a key and namespace
 _CONTENDED: Final = 1.0  # seconds for which a key counts as contended after a process has lost a race for it
-_BEGUN: Final = 4096  # namespaces of keys whose draws are counted
 _TRIES: Final = 20  # times that an error is checked on rows of one moment
 
 BUDGETS: Final = "budgets"
@@ -178,7 +180,7 @@ class Session:
         self._leasing = threading.Lock()
         self._remembered: OrderedDict[str, Known] = OrderedDict()
         self._contended: OrderedDict[str, float] = OrderedDict()  # until when, by key
-        self._made: OrderedDict[tuple[str, str], set[Draw]] = OrderedDict()
+        self._made = MadeDraws()
         self._lease: int | None = None
         self.last_lease = 0
         self._before: set[int] = set()  # leases of this process that have ended
@@ -484,22 +486,13 @@ class Session:
         found: list[bool] = []
         for claim in claims:
             draw = claim.draw
-            made, known = self._made.get((draw.key, draw.namespace)), self.remembered(draw.key)
-            if made is None or draw in made or rows.taken_field(draw.namespace) not in known:
+            known = self.remembered(draw.key)
+            if self._made.may_hold(draw) or rows.taken_field(draw.namespace) not in known:
                 return None
             found.append(_has_free(draw, known))
         for claim in claims:
-            self._made[claim.draw.key, claim.draw.namespace].add(claim.draw)
+            self._made.add(claim.draw)
         return found
-
-    def _count(self, draw: Draw, found: Rows) -> None:
-        """Count the draws of a namespace from now on, if it has none in the rows that were read."""
-        place = draw.key, draw.namespace
-        if rows.taken_field(draw.namespace) not in found and place not in self._made:
-            self._made[place] = set()
-            if len(self._made) > _BEGUN:
-                self._made.popitem(last=False)
-        self._made.get(place, set()).add(draw)
 
     def look_soon(self, claims: Sequence[Claim], then: Callable[[list[Grant | bool] | None], object]) -> bool:
         """Look as `look` does, on the running event loop and without waiting.
@@ -531,7 +524,9 @@ class Session:
         draw = claim.draw
         if rows.draw_field(draw) in found:
             return self.recalled(draw, claim.n, found, waits=waits) or True
-        self._count(draw, found)
+        if rows.taken_field(draw.namespace) not in found:
+            self._made.begin(draw)
+        self._made.add(draw)
         return _has_free(draw, found)
 
     def recalled(self, draw: Draw, n: int, found: Rows, *, waits: bool = True) -> Grant | None:
@@ -612,6 +607,8 @@ class _Transaction:
         session = self._session
         if not session.expects_new:
             self._grant_known()
+            if not self._places:
+                return self._results
         decided = [self._decide(book) for book in self._begin()]
         swaps = {book.name: (book, swap) for book, swap in decided if swap is not None}
         for book, swap in decided:
@@ -809,7 +806,7 @@ def key_of(operation: Operation) -> str:
         return f"{RUN}{BUDGETS}"
     if isinstance(operation, RecordRemoval):
         return f"{RUN}{REMOVALS}"
-    return f"{RUN}{operation.run}" if isinstance(operation, Note) else operation.key
+    return f"{RUN}{operation.run}" if isinstance(operation, Note | AdoptSums) else operation.key
 
 
 def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None:
@@ -831,7 +828,7 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
             case ReleaseHold(draw=draw):
                 fields.update(dict.fromkeys((rows.draw_field(draw), rows.taken_field(draw.namespace))))
                 follow[rows.draw_field(draw)] = None
-            case Note(namespace=namespace):
+            case Note(namespace=namespace) | AdoptSums(namespace=namespace):
                 name = rows.SUMS + rows.encoded(namespace)
                 if name not in known:
                     fields[name] = None
@@ -845,27 +842,27 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
     return Read(key, [rows.KNOWN, rows.LISTED, rows.CHANGED, *fields], [*follow], pending=True)
 
 
-def _needed(operation: Operation) -> Iterable[bytes]:
+def _needed(operation: Operation) -> list[bytes]:
     """Return the fields that an operation needs, apart from claims and what is frequent beside them."""
+    fields: list[bytes] = []
     match operation:
         case NotePlace(draw=draw):
-            return [rows.draw_field(draw)]
+            fields = [rows.draw_field(draw)]
         case Discard(index=index):
-            return [rows.numbered(SAMPLE, index)]
-        case Erase(indices=indices):
-            return [rows.numbered(SAMPLE, index) for index in indices]
+            fields = [rows.numbered(SAMPLE, index)]
+        case Erase(indices=indices) | Drop(indices=indices):
+            fields = [rows.CHANGED, *(rows.numbered(SAMPLE, index) for index in indices)]
         case Withdraw():
-            return [rows.CHANGED]  # what is remembered would not do
+            fields = [rows.CHANGED]  # what is remembered would not do
         case Adopt(entry=entry):
             # The indices that its samples get if the question is new.
-            samples = [rows.numbered(SAMPLE, sample.origin) for sample in entry.samples]
-            return samples + [name for draw in entry.draws for name in _fields_of(draw)]
+            fields = [rows.numbered(SAMPLE, sample.origin) for sample in entry.samples]
+            fields += [name for draw in entry.draws for name in _fields_of(draw)]
         case Reserve() | Settle() | BeginSum() | EndSum():
-            return [rows.BUDGET + rows.encoded(operation.namespace)]
+            fields = [rows.BUDGET + rows.encoded(operation.namespace)]
         case RecordRemoval(id=name):
-            return [rows.REMOVAL + name.encode()]
-        case _:
-            return []
+            fields = [rows.REMOVAL + name.encode()]
+    return fields
 
 
 def _fields_of(draw: Draw) -> list[bytes]:

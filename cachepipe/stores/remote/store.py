@@ -119,13 +119,15 @@ class RemoteStore(Queued, Listing):
         """Apply the operations, those of one key as one transaction, in the calling thread."""
         if self.read_only:
             raise StoreError(f"the cache {self.where} cannot be written: {self.why_read_only}")
-        if all(type(operation) is Settle for operation in operations) and self._spool:
+        if {*map(type, operations)} == {Settle} and self._spool:
             self._unsettled += operations  # type: ignore[arg-type]  # all are
             return [None] * len(operations)
         try:
             results = self.session.transact(operations)
         except StoreUnreachable as error:
             raise self._spooled(operations, [error] * len(operations)) from error
+        if StoreUnreachable not in map(type, results):
+            return results
         lost = self._spooled(operations, results)
         return [lost if isinstance(result, StoreUnreachable) else result for result in results]
 

@@ -55,6 +55,7 @@ _SWAP: Final = "cachepipe1_swap"
 _AT_ONCE: Final = 1000  # commands that travel together
 _PAGE: Final = 100  # keys whose rows are read in one round trip
 _SCANNED: Final = 1000  # keys that the server looks at in one step of a scan
+_BYTES: Final = 1 << 16  # the most bytes that are received at once
 _LATE: Final = 5.0  # seconds after which a server is late that may take as long as it wants
 _HISTORY: Final = "replication"
 """What a server says of its history of writes: one that was started, restored or took over has another."""
@@ -516,16 +517,23 @@ class _Wire:
     def __init__(self, client: Client) -> None:
         self._connection = client.connection_pool.make_connection()
         self._connection.connect()
+        self.socket = self._connection._sock  # noqa: SLF001 - the client's own way to it takes several times as long
+        self._reader = Reader(replyError=self._connection._parser.parse_error)  # noqa: SLF001 - the client's errors
 
     def told(self, commands: Sequence[Command]) -> list[Any]:
         """Return the answer to each command, or the error that the server answers."""
-        self._connection.send_packed_command([_packed(commands)], check_health=False)
-        return [self._answer() for _ in commands]
-
-    @property
-    def socket(self) -> Any:
-        """The socket, or None."""
-        return getattr(self._connection, "_sock", None)
+        self.socket.sendall(_packed(commands))
+        gets = self._reader.gets
+        answers: list[Any] = []
+        while len(answers) < len(commands):
+            answer = gets()
+            if answer is not False:
+                answers.append(answer)
+            elif received := self.socket.recv(_BYTES):
+                self._reader.feed(received)
+            else:
+                raise exceptions.ConnectionError("the server has closed the connection")
+        return answers
 
     @staticmethod
     def reader() -> Any:

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable
 from typing import Any, Final
 
-from cachepipe.accounting import Account, Delivered
+from cachepipe.accounting import RunSums
 from cachepipe.contract import keys
 from cachepipe.contract.allotment import indices_of
 from cachepipe.contract.draws import Draw
@@ -27,7 +27,7 @@ from cachepipe.stores.verify import Absent, IntegrityReport, Step, Stored, gaps,
 _PAGE: Final = 100  # samples that are read in one round trip
 _NOTES: Final = frozenset({"lease", "discard", "change"})
 """Kinds of damaged rows that are written anew from others."""
-_OF_RUNS: Final = (rows.SUMS, rows.UNREPORTED, rows.BUDGET, rows.REMOVAL)
+_OF_RUNS: Final = (rows.SUMS, rows.BUDGET, rows.REMOVAL)
 _OF_QUESTIONS: Final = (rows.TAKEN, rows.DRAW, rows.FIRST, PENDING, rows.WHY, rows.USE)
 
 
@@ -74,7 +74,6 @@ class _Key:
         """Check all rows."""
         if self._key.startswith(RUN):
             self._each(rows.SUMS, self._check_sums, "sums")
-            self._each(rows.UNREPORTED, self._check_unreported, "sums")
             self._each(rows.BUDGET, self._check_purse, "sums")
             self._each(rows.REMOVAL, lambda name, content: rows.loads(self._key, name, content), "sums")
             self._check_fields(_OF_RUNS)
@@ -156,11 +155,7 @@ class _Key:
         rows.load_sums(load_purse, self._key, name, content)
 
     def _check_sums(self, name: bytes, content: bytes) -> None:
-        rows.load_sums(Delivered.loads, self._key, name, content)
-
-    def _check_unreported(self, name: bytes, content: bytes) -> None:
-        _, document = rows.loads(self._key, name, content)
-        rows.load_sums(Account.loads, self._key, name, document.encode())
+        rows.load_sums(RunSums.loads, self._key, name, content)
 
     # Samples.
 

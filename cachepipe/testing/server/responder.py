@@ -379,6 +379,6 @@ def _unknown_model(name: str, settings: Settings) -> RefusalError:
 
 
 def _unknown_path(request: HttpRequest) -> RefusalError:
-    known = ", ".join([*DIALECTS, EMBEDDINGS, MODELS, "/mock/stats", "/mock/settings", "/mock/reset"])
-    told = f"There is nothing at {request.method} {request.path}. Known paths: {known}."
+    whole = [path for path in (*DIALECTS, EMBEDDINGS, MODELS) if path.startswith("/v1/") and "{" not in path]
+    told = f"There is nothing at {request.method} {request.path}. Known paths: {', '.join(whole)} …"
     return RefusalError(404, told, code="unknown_url")

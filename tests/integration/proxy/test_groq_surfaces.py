@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cachepipe.clients import OpenAI
+from cachepipe.providers import presets
 from cachepipe.providers.info import info
 from cachepipe.proxy.settings import Upstream
 
@@ -39,3 +40,17 @@ def test_c10_a_sample_of_one_surface_is_a_hit_on_the_others(serve, upstream, tmp
         with pytest.raises(groq.BadRequestError):
             through.chat.completions.create(**{**ASK, "messages": []})
     assert upstream.stats.samples_generated == 2
+
+
+def test_c4_the_proxy_asks_a_provider_that_answers_one_choice_per_call_as_often_as_needed(
+    serve, upstream, http, asked, monkeypatch
+):
+    row = presets.Preset("Mine", f"{upstream.url}/openai/v1", "MINE_API_KEY", max_n=1)
+    monkeypatch.setitem(presets.PRESETS, "Mine", row)
+    presets.at.cache_clear()
+    proxy = serve(upstreams=(Upstream.of("mine", "mine"),))
+    for run in "12":
+        answer = http.post(f"{proxy.url}/ns/a@{run}/v1/chat/completions", json={**asked, "n": 3})
+        assert len({choice["message"]["content"] for choice in answer.json()["choices"]}) == 3
+    presets.at.cache_clear()
+    assert upstream.stats.requests == upstream.stats.samples_generated == 3

@@ -68,7 +68,7 @@ def test_a_file_names_upstreams_and_no_keys(tmp_path):
         ("port = true", "port is of type int"),
         ("replicate = true", "replicate is of type str or int"),
         ("[upstreams.a]\nurl = 'ftp://x'", "begins with http"),
-        ("[upstreams.a]", "begins with http"),
+        ("[upstreams.a]", "expected a base URL"),
         ("[upstreams.a]\nurl = 'https://u:p@x/v1'", "no user, query or fragment"),
         ("[upstreams.a]\nurl = 'https://x/v1?key=1'", "no user, query or fragment"),
         ("[upstreams.a]\nurl = 'https://x/v1'\nkey = 'sk'", "holds 'key'"),
