@@ -93,12 +93,12 @@ _ROWS: Final = (
     Preset(
         "OpenRouter", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", model="openai/gpt-4-1106-preview"
     ),
-    Preset("Cerebras", "https://api.cerebras.ai/v1", "CEREBRAS_API_KEY"),
+    Preset("Cerebras", "https://api.cerebras.ai/v1", "CEREBRAS_API_KEY", max_n=1),
     Preset("DeepInfra", "https://api.deepinfra.com/v1/openai", "DEEPINFRA_API_KEY"),
     Preset("DeepSeek", "https://api.deepseek.com", "DEEPSEEK_API_KEY", max_n=1),
     Preset("Fireworks", "https://api.fireworks.ai/inference/v1", "FIREWORKS_API_KEY"),
     Preset("Mistral", "https://api.mistral.ai/v1", "MISTRAL_API_KEY"),
-    Preset("Moonshot", "https://api.moonshot.ai/v1", "MOONSHOT_API_KEY"),
+    Preset("Moonshot", "https://api.moonshot.ai/v1", "MOONSHOT_API_KEY", max_n=5),
     Preset("NVIDIA", "https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY"),
     Preset("Perplexity", "https://api.perplexity.ai", "PERPLEXITY_API_KEY", max_n=1),
     Preset("SambaNova", "https://api.sambanova.ai/v1", "SAMBANOVA_API_KEY"),

@@ -23,6 +23,7 @@ from cachepipe.stores.base import (
 )
 from cachepipe.stores.remote import rows, similar
 from cachepipe.stores.remote.engine import TURN, Read, Swap, Unreachable
+from cachepipe.stores.remote.made import MadeDraws
 from cachepipe.stores.remote.session import Session, patiently
 from cachepipe.stores.remote.spool import Spool
 from cachepipe.stores.remote.store import RemoteStore
@@ -667,3 +668,18 @@ def test_c11_a_process_foretells_whether_its_new_draws_find_a_sample(start):
     assert there.session.look([Claim(drawn("c"), 1, asked(), "one")]) == [True]
     fill(there, drawn("c"))
     assert foretold(there, "d") is None, "the namespace had draws before this process looked"
+
+
+def test_the_draws_that_a_process_counts_are_bounded():
+    made = MadeDraws(most=3)
+    draws = [drawn(name, namespace=namespace) for namespace in "xyz" for name in "ab"]
+    for draw in draws:
+        made.add(draw)
+        assert made.may_hold(draw), "its namespace is not counted"
+    for draw in draws:
+        made.begin(draw)
+        made.add(draw)
+        made.add(draw)
+        assert made.may_hold(draw)
+        assert len(made) <= 3
+    assert [made.may_hold(drawn("c", namespace=namespace)) for namespace in "xyz"] == [True, True, False]

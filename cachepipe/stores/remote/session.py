@@ -54,6 +54,7 @@ from cachepipe.stores.remote.copies import Copies
 from cachepipe.stores.remote.engine import DIGEST, PENDING, SAMPLE, Engine, Read, Rows, Swap, Unreachable
 from cachepipe.stores.remote.failovers import Watch
 from cachepipe.stores.remote.local import LocalCopy
+from cachepipe.stores.remote.made import MadeDraws
 from cachepipe.stores.remote.recent import Recent
 
 LEASE: Final = 3.0
@@ -67,7 +68,6 @@ _PAUSES: Final = (0.02, 1.0)  # seconds between two tries of an engine that does
 _TURN: Final = 0.001  # seconds between two tries of a key that is reserved for another process
 _GUESSES: Final = 64  # samples that are read ahead for the claims of a key and namespace
 _CONTENDED: Final = 1.0  # seconds for which a key counts as contended after a process has lost a race for it
-_BEGUN: Final = 4096  # namespaces of keys whose draws are counted
 _TRIES: Final = 20  # times that an error is checked on rows of one moment
 
 BUDGETS: Final = "budgets"
@@ -180,7 +180,7 @@ class Session:
         self._leasing = threading.Lock()
         self._remembered: OrderedDict[str, Known] = OrderedDict()
         self._contended: OrderedDict[str, float] = OrderedDict()  # until when, by key
-        self._made: OrderedDict[tuple[str, str], set[Draw]] = OrderedDict()
+        self._made = MadeDraws()
         self._lease: int | None = None
         self.last_lease = 0
         self._before: set[int] = set()  # leases of this process that have ended
@@ -486,22 +486,13 @@ class Session:
         found: list[bool] = []
         for claim in claims:
             draw = claim.draw
-            made, known = self._made.get((draw.key, draw.namespace)), self.remembered(draw.key)
-            if made is None or draw in made or rows.taken_field(draw.namespace) not in known:
+            known = self.remembered(draw.key)
+            if self._made.may_hold(draw) or rows.taken_field(draw.namespace) not in known:
                 return None
             found.append(_has_free(draw, known))
         for claim in claims:
-            self._made[claim.draw.key, claim.draw.namespace].add(claim.draw)
+            self._made.add(claim.draw)
         return found
-
-    def _count(self, draw: Draw, found: Rows) -> None:
-        """Count the draws of a namespace from now on, if it has none in the rows that were read."""
-        place = draw.key, draw.namespace
-        if rows.taken_field(draw.namespace) not in found and place not in self._made:
-            self._made[place] = set()
-            if len(self._made) > _BEGUN:
-                self._made.popitem(last=False)
-        self._made.get(place, set()).add(draw)
 
     def look_soon(self, claims: Sequence[Claim], then: Callable[[list[Grant | bool] | None], object]) -> bool:
         """Look as `look` does, on the running event loop and without waiting.
@@ -533,7 +524,9 @@ class Session:
         draw = claim.draw
         if rows.draw_field(draw) in found:
             return self.recalled(draw, claim.n, found, waits=waits) or True
-        self._count(draw, found)
+        if rows.taken_field(draw.namespace) not in found:
+            self._made.begin(draw)
+        self._made.add(draw)
         return _has_free(draw, found)
 
     def recalled(self, draw: Draw, n: int, found: Rows, *, waits: bool = True) -> Grant | None:

@@ -15,9 +15,12 @@ from profiles import sized
 import cachepipe
 from cachepipe import MemoryStore, Services
 from cachepipe.clients import OpenAI
+from cachepipe.flow import Clock
+from cachepipe.flow.headers import hints
 from cachepipe.providers.info import info
 from cachepipe.sdk.internals import ATTRIBUTES, NAMES
 from cachepipe.testing import MockServer, MockSettings
+from cachepipe.testing.server import Fault
 
 groq = pytest.importorskip("groq")
 from cachepipe.clients import AsyncGroq, Groq  # noqa: E402 - only with the SDK
@@ -159,6 +162,31 @@ def test_errors_are_the_sdks_own_and_never_cached(server):
         server.settings = server.settings.updated({"api_key": None})
         assert info(ask(client)).cached == (False,)
         assert client.models.list().data[0].id == "ngram-1"
+
+
+def test_a_service_repeats_what_groq_refuses_and_reads_how_much_is_left(server):
+    class Hurried(Clock):
+        async def sleep(self, seconds):
+            await asyncio.sleep(0)
+
+    script = tuple(Fault(kind="status", status=status, retry_after=0.01) for status in (429, 498, 503))
+    server.settings = server.settings.updated({"script": script})
+    place = f"{server.url}/openai/v1"
+    service = Services.Groq(base_url=place, api_key="k", max_tokens=None, adaptive=False, clock=Hurried())
+    with service.sync_client(MemoryStore(), sdk="groq") as client:
+        ask(client)
+        raw = client.chat.completions.with_raw_response.create(model="m", messages=HELLO)
+    stats = service.stats()
+    assert (stats.calls, stats.refused, stats.overloaded, stats.answered) == (5, 1, 2, 2)
+    assert {hint.kind: hint.remaining for hint in hints(raw.headers)} == {"requests": 14399, "tokens": 17900}
+
+
+def test_audio_passes_through_uncached(server):
+    with of(server) as client:
+        for _ in range(2):
+            with pytest.raises(groq.NotFoundError):  # the mock server has none
+                client.audio.transcriptions.create(file=("a.wav", b"RIFF"), model="whisper-large-v3")
+    assert server.stats.requests == 2
 
 
 def test_a_time_out_is_groqs_and_the_answer_is_kept(server):

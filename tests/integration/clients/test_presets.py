@@ -21,6 +21,7 @@ from cachepipe import MemoryStore, Services, clients, wire
 from cachepipe.cli.group import cli
 from cachepipe.clients import OpenAI
 from cachepipe.models import OpenAIModel
+from cachepipe.prices import unit_prices
 from cachepipe.providers import presets
 from cachepipe.providers.info import info
 from cachepipe.providers.presets import NO_KEY, PRESETS, Preset
@@ -30,13 +31,13 @@ from cachepipe.testing import MockServer, MockSettings
 HELLO = [{"role": "user", "content": "Write a function that sorts a list."}]
 KEY = "sk-mine-0123456789"
 ROWS = {
-    "Cerebras": ("https://api.cerebras.ai/v1", "CEREBRAS_API_KEY", None),
+    "Cerebras": ("https://api.cerebras.ai/v1", "CEREBRAS_API_KEY", 1),
     "DeepInfra": ("https://api.deepinfra.com/v1/openai", "DEEPINFRA_API_KEY", None),
     "DeepSeek": ("https://api.deepseek.com", "DEEPSEEK_API_KEY", 1),
     "Fireworks": ("https://api.fireworks.ai/inference/v1", "FIREWORKS_API_KEY", None),
     "LMStudio": ("http://localhost:1234/v1", "LMSTUDIO_API_KEY", 1),
     "Mistral": ("https://api.mistral.ai/v1", "MISTRAL_API_KEY", None),
-    "Moonshot": ("https://api.moonshot.ai/v1", "MOONSHOT_API_KEY", None),
+    "Moonshot": ("https://api.moonshot.ai/v1", "MOONSHOT_API_KEY", 5),
     "NVIDIA": ("https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY", None),
     "Ollama": ("http://localhost:11434/v1", "OLLAMA_API_KEY", 1),
     "OpenRouter": ("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", None),
@@ -228,6 +229,24 @@ def test_a_row_made_here_is_enough_for_a_service_and_the_commands(mine, server, 
     unknown = CliRunner().invoke(cli, [*command, "--base-url", "their"])
     assert "expected a base URL" in unknown.output
     assert "openrouter" in unknown.output
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    {
+        "Cerebras": "gpt-oss-120b",
+        "DeepSeek": "deepseek-chat",
+        "Groq": "llama-3.3-70b-versatile",
+        "Mistral": "mistral-small-latest",
+        "Moonshot": "kimi-k2-0905-preview",
+        "OpenRouter": "openai/gpt-4o-mini",
+        "Perplexity": "sonar",
+        "XAI": "grok-4",
+    }.items(),
+)
+def test_the_table_of_prices_knows_what_a_provider_sells(name, model):
+    pytest.importorskip("genai_prices")
+    assert unit_prices(model, f"{PRESETS[name].url}/chat/completions").completion > 0
 
 
 def test_an_upstream_is_named_by_a_url_or_by_a_provider():
