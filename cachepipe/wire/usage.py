@@ -144,8 +144,10 @@ def _of_question(usage: Usage, total: str) -> int:
 
 def _by_modality(value: Any) -> bool:
     """Return True for a list of Gemini's counts, one for each modality."""
-    return isinstance(value, list) and all(
-        isinstance(item, Mapping) and type(item.get("tokenCount")) is int for item in value
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, Mapping) and type(item.get("tokenCount")) is int for item in value)
     )
 
 
