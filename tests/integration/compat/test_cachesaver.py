@@ -15,11 +15,8 @@ import pytest
 
 from cachepipe.compat.cachesaver.models.anthropic import Anthropic, AsyncAnthropic
 from cachepipe.compat.cachesaver.models.gemini import AsyncGemini, Gemini
-from cachepipe.compat.cachesaver.models.groq import AsyncGroq, Groq
 from cachepipe.compat.cachesaver.models.openai import AsyncOpenAI, OpenAI
-from cachepipe.compat.cachesaver.models.openrouter import AsyncOpenRouter, OpenRouter
 from cachepipe.compat.cachesaver.models.together import AsyncTogether, Together
-from cachepipe.compat.cachesaver.models.vllm import VLLM, AsyncVLLM
 from cachepipe.compat.cachesaver.pipelines import LocalAPI, OnlineAPI, OrderedLocalAPI
 from cachepipe.compat.cachesaver.typedefs import Batch, Metadata, Request, Response
 from cachepipe.testing import MockServer, MockSettings
@@ -262,19 +259,6 @@ async def test_gemini_answers_a_call_for_several_with_candidates(server, tmp_pat
     assert again.content == first.candidates[0].content
     with pytest.raises(ValueError, match="at least 1; got 0"):
         await several(n=0)
-
-
-@pytest.mark.parametrize("kind", [AsyncGroq, AsyncOpenRouter, AsyncVLLM, Groq, OpenRouter, VLLM])
-async def test_other_doors_give_the_same_answers_to_a_new_client(server, new, kind):
-    base_url = server.base_url.removesuffix("/v1") if "Groq" in kind.__name__ else server.base_url
-    found = []
-    for _ in range(2):
-        answer = new(kind=kind, base_url=base_url).chat.completions.create(**said("Cats?"), n=2)
-        answer = await answer if inspect.isawaitable(answer) else answer
-        found.append([choice.message.content for choice in answer.choices])
-    assert len(found[0]) == 2
-    assert found[0] == found[1]
-    assert server.stats.samples_generated == 2
 
 
 @pytest.mark.parametrize("kind", [OpenAI, Together])
