@@ -83,13 +83,16 @@ def _options() -> argparse.Namespace:
         help="write the figures to a file; without a name to results/DATE.json",
     )
     parser.add_argument("--large", action="store_true", help="measure the sizes that take long, too")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where scale's caches are made and found")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where large caches are made and found")
+    parser.add_argument("--size", type=int, help="the questions of sharing (default 200,000; at least 100)")
     parser.add_argument("--check", action="store_true", help="run each once, tiny, without timing")
     parser.add_argument("--plot", action="store_true", help="draw the plot from the committed results")
     options = parser.parse_args()
     unknown = sorted(set(options.names) - set(NAMES))
     if unknown:
         parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    if options.size is not None and options.size < 100:
+        parser.error(f"--size is at least 100; got {options.size}")
     if options.rounds < 1:
         parser.error(f"--rounds is at least 1; got {options.rounds}")
     return options
@@ -142,7 +145,7 @@ async def _measure(names: list[str], options: argparse.Namespace) -> None:
     )
     for name, why in missing.items():
         print(f"{name} is not measured; it cannot be installed: {why}")
-    sizes = Sizes(large=options.large, peers=tuple(there), keep=options.keep)
+    sizes = Sizes(large=options.large, peers=tuple(there), keep=options.keep, size=options.size)
     for name in names:
         with _folder() as folder:
             async with _tables(name, sizes, folder) as tables:
@@ -153,8 +156,8 @@ async def _measure(names: list[str], options: argparse.Namespace) -> None:
                         measured = await counted(table)
                     figures["benchmarks"].setdefault(name, []).append(measured)
                     _print(name, measured)
-        if options.json is not None:  # what comes next takes minutes, and may fail
-            _write(options.json, figures)
+                    if options.json is not None:  # what comes next takes minutes, and may fail
+                        _write(options.json, figures)
 
 
 def _write(path: Path, figures: dict[str, Any]) -> None:

@@ -58,12 +58,14 @@ class Sizes:
         large: the sizes that take long too.
         peers: the other caches to measure in the same run, each in a process of its own environment.
         keep: a folder whose caches are used again, or None.
+        size: the number of questions where a benchmark takes it from the caller, or None for its own.
     """
 
     check: bool = False
     large: bool = False
     peers: tuple[str, ...] = ()
     keep: Path | None = None
+    size: int | None = None
 
     def pick(self, full: int, tiny: int) -> int:
         """Return the size that is wanted."""

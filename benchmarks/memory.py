@@ -1,10 +1,8 @@
-"""How much memory do ``cachepipe run``, ``plan`` and a long run take, and does it grow with their length?
+"""How much memory do ``cachepipe run`` and a long run take, and does it grow with their length?
 
 ``cachepipe run`` is a process of its own; its peak is the resident set that the system counts, with the pages
 of the cache's files that are mapped. Lines are prompts of 1 KB whose answers of 1 KB are in the cache, 10,000
 against 1,000,000; and misses, which a server on the loopback interface answers at once, 2,000 against 20,000.
-``cachepipe plan`` reads 10,000 lines against 200,000, of which the cache knows the first half. 200,000 may
-take a minute.
 
 A long run draws different questions from one pipeline, each once: new draws of stored samples in a process of
 its own. What counts is what is resident at the end, and by how much that grows per draw.
@@ -20,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +37,7 @@ from cachepipe.stores import DiskStore, MemoryStore
 from cachepipe.stores.base import Claim, Commit, new_meta
 from cachepipe.typedefs import Request, Response
 
-_NAMESPACE, _SCOPE, _MODEL = "memory", "benchmark", "mock"
+NAMESPACE, SCOPE, MODEL = "memory", "benchmark", "mock"
 _PROMPT = data.text("question", 900)
 _GROUP = 100
 
@@ -63,17 +60,17 @@ async def fill(folder: Path, lines: Iterable[tuple[bytes, bytes]], base_url: str
         lines: the lines of the file, each with the payload of its answer.
         base_url: where the answers come from.
     """
-    model = OpenAIModel(_MODEL, base_url=base_url, api_key="none")
-    settings = BatchSettings(model=_MODEL)
-    meta = new_meta("benchmark", 1.5, "benchmark", label(_NAMESPACE))
+    model = OpenAIModel(MODEL, base_url=base_url, api_key="none")
+    settings = BatchSettings(model=MODEL)
+    meta = new_meta("benchmark", 1.5, "benchmark", label(NAMESPACE))
     left = iter(lines)
     with contextlib.closing(DiskStore(folder)) as store:
         while some := list(itertools.islice(left, _GROUP)):
             asked = [parse_line(line, number, settings) for number, (line, _) in enumerate(some)]
             questions = [
-                questions_of(line.api, line.asks, model.cache_scope, {}, scope=_SCOPE)[0] for line in asked
+                questions_of(line.api, line.asks, model.cache_scope, {}, scope=SCOPE)[0] for line in asked
             ]
-            claims = [Claim(Draw(label(_NAMESPACE), each.key, "", 0), 1, each, "fill") for each in questions]
+            claims = [Claim(Draw(label(NAMESPACE), each.key, "", 0), 1, each, "fill") for each in questions]
             await store.apply(claims)
             await store.apply(
                 [
@@ -89,7 +86,7 @@ async def _payload(base_url: str) -> bytes:
         source, store = Path(folder) / "in.jsonl", MemoryStore()
         _write(source, range(1))
         await run_file(
-            source, Path(folder) / "out.jsonl", model=_MODEL, base_url=base_url, api_key="none", cache=store
+            source, Path(folder) / "out.jsonl", model=MODEL, base_url=base_url, api_key="none", cache=store
         )
         [info] = store.keys()
         return next(iter(store.samples(info.key))).payload
@@ -150,24 +147,15 @@ class _Runs:
         shutil.rmtree(cache)
         return figures
 
-    async def plan(self, lines: int) -> dict[str, float]:
-        cache = await self._filled(lines // 2)
-        begun = time.perf_counter()
-        plan, peak = self._command("plan", cache, lines)
-        seconds = time.perf_counter() - begun
-        new = lines - lines // 2
-        expect((plan["hits"], plan["to_buy"]) == (lines // 2, new), f"{plan['to_buy']} samples are to buy")
-        return {"peak, MB": round(peak, 1), "seconds": round(seconds, 1)}
-
     def _command(self, name: str, cache: Path, lines: int, *more: str) -> tuple[Any, float]:
         """Return what a command printed about so many lines, and its peak of memory in MB."""
         source = self.folder / "in.jsonl"
         _write(source, range(lines))
         options = {
             "--cache": str(cache),
-            "--namespace": _NAMESPACE,
-            "--scope": _SCOPE,
-            "--model": _MODEL,
+            "--namespace": NAMESPACE,
+            "--scope": SCOPE,
+            "--model": MODEL,
             "--base-url": self.server.base_url,
         }
         words = [word for option in options.items() for word in option]
@@ -199,7 +187,7 @@ def _drawn(folder: Path, draws: int) -> dict[str, float]:
 
 
 class _Answering:
-    cache_scope = _SCOPE
+    cache_scope = SCOPE
 
     async def request(self, request: Request) -> Response:
         return Response([f"answer to {request.prompt}"] * request.n)
@@ -245,11 +233,6 @@ async def tables(sizes: Sizes, folder: Path) -> AsyncIterator[list[Tally]]:
                 columns,
                 [*_pair(runs.misses, "lines", sizes.pick(2000, 30), sizes.pick(20_000, 60), sizes)],
             ),
-            Tally(
-                "cachepipe plan, half of the lines hits",
-                ["peak, MB", "seconds"],
-                [*_pair(runs.plan, "lines", sizes.pick(10_000, 100), sizes.pick(200_000, 200), sizes, 60.0)],
-            ),
             *([_draws(folder, sizes)] if sys.platform == "linux" else []),
         ]
 
@@ -267,14 +250,10 @@ def _draws(folder: Path, sizes: Sizes) -> Tally:
     )
 
 
-def _pair(
-    count: Any, what: str, few: int, many: int, sizes: Sizes, seconds: float | None = None
-) -> Iterator[Count]:
-    """Yield a short and a long run; the long one should need little more, and at most so many seconds."""
+def _pair(count: Any, what: str, few: int, many: int, sizes: Sizes) -> Iterator[Count]:
+    """Yield a short and a long run; the long one should need little more."""
     yield Count(f"{few:,} {what}", lambda: count(few), "control")
     goals: dict[str, Any] = {} if sizes.check else {"peak, MB": (1.5, f"{few:,} {what}")}
-    if seconds is not None and goals:
-        goals["seconds"] = ("≤", seconds)
     yield Count(f"{many:,} {what}", lambda: count(many), "subject", goals)
 
 

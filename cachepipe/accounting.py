@@ -410,9 +410,19 @@ class Statement:
 
     def accounts(self) -> dict[str, Account]:
         """Return the sums by name."""
-        return {
-            "spent": self.spent,
-            **self.delivered.accounts(),
-            "unreported": self.spent - self.delivered.billed,
-            "wasted": self.spent - self.held,
-        }
+        return {**sums(self.spent, self.delivered), "wasted": self.spent - self.held}
+
+
+def sums(spent: Account, delivered: Delivered) -> dict[str, Account]:
+    """Return the sums of what was spent and of what was delivered, by name."""
+    return {"spent": spent, **delivered.accounts(), "unreported": spent - delivered.billed}
+
+
+def by_model(accounts: Mapping[str, Account], price: Price) -> list[dict[str, Any]]:
+    """Return sums by model and URL, the dearest first: rows of ``model``, ``url`` and each sum by name."""
+    sellers = dict.fromkeys(seller for account in accounts.values() for seller in account.sold)
+    rows: list[dict[str, Any]] = []
+    for seller in sellers:
+        parts = {name: account.of_seller(seller).as_dict(price) for name, account in accounts.items()}
+        rows.append({"model": seller[0], "url": seller[1], **parts})
+    return sorted(rows, key=lambda row: -row["spent"]["total_tokens"])

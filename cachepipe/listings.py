@@ -14,7 +14,7 @@ from cachepipe.errors import CachepipeError
 from cachepipe.stores.base import DrawInfo, KeyInfo, Sample, StoredQuestion
 from cachepipe.values import Codec, shown
 
-_TEXTS: Final = ("messages", "prompt", "input", "contents", "content", "hash")
+_TEXTS: Final = ("messages", "prompt", "input", "contents", "content", "inputs", "hash")
 _OBJECTS: Final = {
     "chat.completion": "/chat/completions",
     "text_completion": "/completions",
@@ -22,6 +22,8 @@ _OBJECTS: Final = {
     "message": "/messages",
 }
 """What answers of providers call themselves, and where they come from."""
+_FIELDS: Final = {"generated_text": "/generate", "embeddings": "/embed"}
+"""The fields of answers from Hugging Face's own routes, which do not call themselves anything."""
 
 
 _SAID: Final = frozenset({"content", "parts"})
@@ -77,7 +79,9 @@ def sample_fields(sample: Sample, scope: str | None) -> dict[str, Any]:
 def _summary(value: Any, scope: str | None) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         return None
-    known = _OBJECTS.get(str(value.get("object") or value.get("type")), "")
+    known = _OBJECTS.get(str(value.get("object") or value.get("type")))
+    if known is None:
+        known = next((path for name, path in _FIELDS.items() if name in value), "")
     api = wire.api_for("POST", urlsplit(scope or "").path) or wire.api_for("POST", known)
     if api is None:
         return None

@@ -338,28 +338,29 @@ def _batches(groups: Iterator[list[Entry]]) -> Iterator[list[list[Entry]]]:
 
 def add(target: Store, batch: list[list[Entry]], counts: Counts) -> None:
     """Add entries to a store in one transaction."""
-    adopts = [Adopt(entry) for group in batch for entry in group]
+    # First one entry of each question, then the next one of each: a store adds those of different questions
+    # together.
+    rounds = itertools.zip_longest(*batch)
+    adopts = [Adopt(entry) for each in rounds for entry in each if entry is not None]
     apply: Any = target.apply_and_wait  # type: ignore[attr-defined]  # all that is opened here has it
-    results = iter(apply(adopts))
-    for group in batch:
-        changed = new = False
-        for _ in group:
-            result = next(results)
-            if result.different or result.altered:
-                raise StoreError(
-                    f"the cache was changed meanwhile, and now contradicts what is added of {group[0].key}. "
-                    "What came before was added; try again to see what contradicts"
-                )
-            counts.samples += result.samples
-            counts.draws += result.draws
-            changed, new = changed or result.changed, new or result.new
-        counts.questions += 1
-        if not changed:
-            counts.same += 1
-        elif new:
-            counts.new += 1
-        else:
-            counts.more += 1
+    changed: set[str] = set()
+    new: set[str] = set()
+    for adopt, result in zip(adopts, apply(adopts), strict=True):
+        if result.different or result.altered:
+            raise StoreError(
+                f"the cache was changed meanwhile, and now contradicts what is added of {adopt.key}. What "
+                "came before was added; try again to see what contradicts"
+            )
+        counts.samples += result.samples
+        counts.draws += result.draws
+        if result.changed:
+            changed.add(adopt.key)
+        if result.new:
+            new.add(adopt.key)
+    counts.questions += len(batch)
+    counts.same += len(batch) - len(changed)
+    counts.new += len(changed & new)
+    counts.more += len(changed - new)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,8 @@ _OPERATIONS: Final = {
     "embeddings": "embeddings",
     "generate content": "generate_content",
     "embed content": "embeddings",
+    "text generation": "text_completion",
+    "feature extraction": "embeddings",
 }
 _PROVIDERS: Final = {
     "anthropic.com": "anthropic",

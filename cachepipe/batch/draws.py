@@ -218,7 +218,6 @@ class FileDraws:
         self._report.calls = self._model.calls
         stats = [cache.stats() for cache in self._view.caches.values()]
         self._report.generated = sum(each.generated for each in stats)
-        self._report.unreported = sum(each.unreported for each in stats)
 
     async def close(self) -> None:
         """Wait for what is in flight, write it, and close the client if it was made here."""

@@ -25,6 +25,7 @@ _GEMINI: Final = (wire.GENERATE_CONTENT, wire.EMBED_CONTENT)
 _CONFIGS: Final = ("generationConfig", "generation_config")  # where the settings are in a body for Gemini
 _LIMITS: Final = frozenset({"max_tokens", "max_completion_tokens"})  # a line that has one gets no other
 _COMPLETION: Final = {name: name for name in ("model", "temperature", "seed", "max_tokens")}
+_TEXT_GENERATION: Final = {"temperature": "temperature", "max_new_tokens": "max_tokens", "seed": "seed"}
 _SETTINGS_OF: Final[Mapping[wire.Api, Mapping[str, str]]] = {
     wire.CHAT: {**_COMPLETION, "max_completion_tokens": "max_completion_tokens"},
     wire.COMPLETIONS: _COMPLETION,
@@ -33,6 +34,9 @@ _SETTINGS_OF: Final[Mapping[wire.Api, Mapping[str, str]]] = {
     wire.MODERATIONS: {"model": "model"},
     wire.GENERATE_CONTENT: {"temperature": "temperature", "maxOutputTokens": "max_tokens", "seed": "seed"},
     wire.EMBED_CONTENT: {},
+    wire.TEXT_GENERATION: _TEXT_GENERATION,
+    wire.GENERATE_TEXT: _TEXT_GENERATION,
+    wire.FEATURE_EXTRACTION: {},
 }
 """The fields that a run's settings fill in, by API, each with the name of the setting."""
 
@@ -86,7 +90,7 @@ def parse_line(text: bytes, number: int, settings: BatchSettings) -> Line:
     carried = {field: value for field, value in fields.items() if field not in not_carried}
     url = fields["url"] if "url" in used else ""
     _fill(settings, api, body)
-    if "model" not in body and api is not wire.MODERATIONS:
+    if "model" not in body and api not in (wire.MODERATIONS, *wire.INFERENCE):
         raise LineError("it names no model, and --model is not given")
     try:
         asks = api.split(body)
@@ -183,9 +187,10 @@ def _api(fields: Mapping[str, Any]) -> wire.Api:
         raise LineError(f"method must be POST; got {method!r:.80}")
     is_path = isinstance(url, str) and url.startswith("/") and "?" not in url
     api = wire.api_for("POST", url) if isinstance(url, str) and is_path else None
-    if api is None or (api not in ENDPOINTS and api not in _GEMINI):
+    if api is None or api not in (*ENDPOINTS, *_GEMINI, *wire.INFERENCE):
         known = ", ".join(f"/v1{endpoint}" for endpoint in ENDPOINTS.values())
-        known += ", or /v1beta/models/MODEL:generateContent or :embedContent for Gemini"
+        known += ", /v1beta/models/MODEL:generateContent or :embedContent for Gemini, or /models/MODEL, "
+        known += "/models/MODEL/pipeline/feature-extraction, /generate or /embed for Hugging Face"
         raise LineError(f"url must be one of {known}; got {url!r:.80}. The server is --base-url")
     return api
 
@@ -202,7 +207,13 @@ def _fill(settings: BatchSettings, api: wire.Api, body: dict[str, Any]) -> None:
         if settings.n != 1 and not {"candidateCount", "candidate_count"} & config.keys():
             config["candidateCount"] = settings.n
         return
-    _add(settings, api, body)
+    fields = body
+    if api in (wire.TEXT_GENERATION, wire.GENERATE_TEXT):
+        given = body.get("parameters") or {}
+        if not isinstance(given, dict):
+            raise LineError(f"parameters must be a JSON object; got {given!r:.80}")
+        fields = body["parameters"] = dict(given)
+    _add(settings, api, fields)
     if settings.n == 1 or api.function:
         return
     if api.max_n == 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cachepipe.accounting import Account, Delivered
+from cachepipe.accounting import Account, Delivered, by_model, sums
 from cachepipe.prices import Prices
 
 
@@ -23,7 +23,6 @@ class Report:
         hits: samples that came from the cache, or were generated for another line.
         misses: samples that were generated for the line that got them.
         generated: samples that the model returned.
-        unreported: generated samples that no line got, because their request failed or nobody asked for them.
         delivered: what the answered lines would have cost alone, were billed, and saved, in tokens.
         spent: the tokens of all samples that the model returned.
         calls: calls that were made; repetitions within the SDK are not counted.
@@ -46,7 +45,6 @@ class Report:
     hits: int = 0
     misses: int = 0
     generated: int = 0
-    unreported: int = 0
     delivered: Delivered = field(default_factory=Delivered)
     spent: Account = field(default_factory=Account)
     calls: int = 0
@@ -66,13 +64,16 @@ class Report:
         self.errors[code] = self.errors.get(code, 0) + 1
         self.example = self.example or message
 
+    def accounts(self) -> dict[str, Account]:
+        """Return the sums of tokens by name: spent, as asked, billed, saved and unreported."""
+        return sums(self.spent, self.delivered)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the figures by name, paths as strings; sums of tokens as `Account.as_dict` does."""
         figures = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         for name in ("output", "partial"):
             figures[name] = None if figures[name] is None else str(figures[name])
         del figures["in_flight"], figures["delivered"], figures["prices"]
-        accounts = {"spent": self.spent, **self.delivered.accounts()}
-        return figures | {
-            name: account.as_dict(self.prices.cost_of_sum) for name, account in accounts.items()
-        }
+        accounts, price = self.accounts(), self.prices.cost_of_sum
+        figures |= {name: account.as_dict(price) for name, account in accounts.items()}
+        return {**figures, "models": by_model(accounts, price)}

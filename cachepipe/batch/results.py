@@ -24,7 +24,7 @@ def answer_line(draw: LineDraw, content: bytes, responses: Sequence[Response]) -
         responses: the samples of each question.
     """
     body = jsontext.read(content)
-    identity = body.get("id")
+    identity = body.get("id") if isinstance(body, dict) else None
     response = {
         "status_code": 200,
         "request_id": identity if isinstance(identity, str) else "",

@@ -48,17 +48,19 @@ With --json, one object:
   errors, example        the number of errors by code; the message of the first error
   hits, misses           samples from the cache, or generated for another line; samples generated for
                          the line that got them
-  generated, unreported  samples that the model returned; those that reached no line
+  generated              samples that the model returned
   calls                  calls to the server
   spent                  tokens of all samples that the model returned
   as_asked               what the answered lines would have cost alone, each in one call
   billed, saved          what the lines paid for: their misses, and the prompt of each call once;
                          as_asked less billed
+  unreported             spent less billed: what reached no line
+  models                 a list of model, url, and the sums of its samples
   seconds, most_ahead    the duration; the largest number of lines in memory
   interrupted            whether the run ended early
   output, partial        the results; those of an interrupted run, or null
   exit_status            see below
-spent, as_asked, billed and saved hold prompt_tokens, completion_tokens, total_tokens, cached_tokens,
+Each sum has prompt_tokens, completion_tokens, total_tokens, cached_tokens,
 reasoning_tokens, samples, unknown (samples without usage, in no count of tokens), cost (US dollars, or
 null if no price is known) and unpriced (samples without a known price, not in cost).
 """
@@ -299,6 +301,8 @@ class _Screen:
 
 def _table(report: Report) -> None:
     """Print the figures and the cost of the run."""
+    accounts = report.accounts()
+    unreported = accounts["unreported"].counts()["samples"]
     rows = {
         "requests": f"{report.done}"
         if report.done == report.requests
@@ -306,11 +310,9 @@ def _table(report: Report) -> None:
         "sample hits": f"{report.hits}",
         "sample misses": f"{report.misses}",
         "calls made": f"{report.calls}",
-        "samples generated": f"{report.generated}"
-        + f" ({report.unreported} unreported)" * bool(report.unreported),
+        "samples generated": f"{report.generated}" + f" ({unreported} unreported)" * bool(unreported),
         "errors": f"{report.failed}",
-        "spent": money(report.spent, report.prices),
-        "saved": money(report.delivered.saved, report.prices),
+        **{name: money(accounts[name], report.prices) for name in ("spent", "billed", "saved")},
         "time": f"{report.seconds:.1f} s",
     }
     width = max(map(len, rows.values()))

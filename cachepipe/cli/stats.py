@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from cachepipe.accounting import Account, Statement
+from cachepipe.accounting import Account, Statement, by_model
 from cachepipe.cli import common
 from cachepipe.cli.common import counted, json_text, opened
 from cachepipe.contract.draws import SHARED, label, namespace_of
@@ -95,18 +95,6 @@ def _run(run: RunStatement, prices: Prices) -> dict[str, Any]:
     }
 
 
-def _models(total: Statement, prices: Prices) -> list[dict[str, Any]]:
-    """Return the sums by model and URL, the dearest first."""
-    accounts = total.accounts()
-    sellers = dict.fromkeys(seller for account in accounts.values() for seller in account.sold)
-    rows = []
-    for seller in sellers:
-        parts = {name: account.of_seller(seller) for name, account in accounts.items()}
-        sums = {name: part.as_dict(prices.cost_of_sum) for name, part in parts.items()}
-        rows.append({"model": seller[0], "url": seller[1], **sums})
-    return sorted(rows, key=lambda row: -row["spent"]["total_tokens"])
-
-
 def _figures(store: Listed, sums: Mapping[str, Statement], prices: Prices, *, scopes: bool) -> dict[str, Any]:
     totals, known = store.totals(), _known(store, sums)
     namespaces = [
@@ -126,7 +114,7 @@ def _figures(store: Listed, sums: Mapping[str, Statement], prices: Prices, *, sc
         **{name: totals[name] for name in ("keys", "samples", "pending", "discarded", "draws")},
         **_drawn(sum(info.samples for info in known), sum(info.generated for info in known)),
         **_sums(_total(sums), prices),
-        "models": _models(_total(sums), prices),
+        "models": by_model(_total(sums).accounts(), prices.cost_of_sum),
         "namespaces": namespaces,
         "shared": {
             "draws": len(shared),

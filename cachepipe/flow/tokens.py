@@ -29,15 +29,16 @@ _MEDIA = frozenset(
     }
 )
 _GEMINI_MEDIA = frozenset({"inlineData", "inline_data", "fileData", "file_data"})
-_GEMINI_CONFIGS = ("generationConfig", "generation_config")
+_CONFIGS = ("generationConfig", "generation_config", "parameters")  # the last one is Hugging Face's
 _GEMINI_COUNTS = ("candidateCount", "candidate_count")
-_GEMINI_LIMITS = ("maxOutputTokens", "max_output_tokens")
+_CONFIGURED_LIMITS = ("maxOutputTokens", "max_output_tokens", "max_new_tokens")
 _LONG = 50_000
 """The characters of a text that are counted, because counting blocks the loop; the rest is assumed alike."""
 _MOST = 2**31  # samples or tokens; larger numbers are taken for this one
 _ASKED = (
     *("messages", "prompt", "input", "system", "instructions", "tools", "response_format"),
     *("contents", "content", "requests", "systemInstruction", "system_instruction"),  # Gemini's
+    "inputs",  # Hugging Face's
 )
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_tokens_to_sample")
 
@@ -204,13 +205,13 @@ class Estimator:
 
 def limit_of(body: Mapping[str, Any]) -> int | None:
     """Return the largest number of tokens of an answer that a body asks for, or None."""
-    limits = [*map(body.get, _LIMITS), *_configured(body, _GEMINI_LIMITS)]
+    limits = [*map(body.get, _LIMITS), *_configured(body, _CONFIGURED_LIMITS)]
     return next((value for limit in limits if (value := _count(limit))), None)
 
 
 def _configured(body: Mapping[str, Any], names: Iterable[str]) -> list[Any]:
-    """Return the settings of a body for Gemini that have one of these names."""
-    configs = [config for name in _GEMINI_CONFIGS if isinstance(config := body.get(name), Mapping)]
+    """Return the settings of a body for Gemini or Hugging Face that have one of these names."""
+    configs = [config for name in _CONFIGS if isinstance(config := body.get(name), Mapping)]
     return [config[name] for config in configs for name in names if name in config]
 
 

@@ -19,6 +19,8 @@ from cachepipe.providers.responses import Received
 
 _GOOGLE: Final = "https://generativelanguage.googleapis.com"
 _GOOGLE_KEYS: Final = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
+_HUB: Final = "https://router.huggingface.co/hf-inference"
+_HUB_KEY: Final = "HF_TOKEN"
 _NO_KEY: Final = "EMPTY"  # for servers that need no key; the SDK would refuse to send none
 
 
@@ -104,13 +106,15 @@ class Connection:
         self._azure = client if wire.azure_kinds(client) else None
 
     def place_of(self, path: str) -> str:
-        """Return where Gemini's API is: a path below the base URL, or Google's URL if no base URL is given.
+        """Return where an API of Gemini's or Hugging Face's is: a path below the base URL.
+
+        If no base URL is given, it is a URL of Google's, or of the hub's router.
 
         Args:
             path: its path, with the version, which a base URL may end with too.
         """
         if not self._is_named:
-            return _GOOGLE + path
+            return (_HUB if wire.api_for("POST", path) in wire.INFERENCE else _GOOGLE) + path
         version = "/" + path.split("/", 2)[1]
         return path.removeprefix(version) if self._base_url.rstrip("/").endswith(version) else path
 
@@ -134,6 +138,8 @@ class Connection:
         options: dict[str, Any] = {"max_retries": 0} if attempt is not None and attempt.sole else {}
         if wire.api_for("POST", endpoint) in (wire.GENERATE_CONTENT, wire.EMBED_CONTENT):
             options["headers"] = self._google_headers(client)
+        elif wire.api_for("POST", endpoint) in wire.INFERENCE:
+            options["headers"] = self._hub_headers()
         sent: dict[str, Any] = {"cast_to": self._answer_class, "options": options}
         try:
             with self._uncached():
@@ -155,6 +161,14 @@ class Connection:
         key = self._api_key or (named if self._client is None else client.api_key)
         absent = importlib.import_module(f"{self.package}._types").Omit()
         return {"x-goog-api-key": key or absent, "Authorization": absent}
+
+    def _hub_headers(self) -> dict[str, Any]:
+        """Return the headers of a call to Hugging Face's own routes: its token, and not the key of OpenAI."""
+        if self._client is not None:  # it has a token of its own
+            return {}
+        key = self._api_key or os.environ.get(_HUB_KEY)
+        absent = importlib.import_module(f"{self.package}._types").Omit()
+        return {"Authorization": f"Bearer {key}" if key else absent}
 
     def _uncached(self) -> contextlib.AbstractContextManager[None]:
         """Make the caller's client bypass its own cache, unless it only replays.
@@ -180,8 +194,8 @@ class Connection:
     def _made(self, sdk: Any) -> Any:
         """Return a new client."""
         key = os.environ.get("OPENAI_API_KEY") if self._api_key is None else self._api_key
-        if key is None and any(map(os.environ.get, _GOOGLE_KEYS)):
-            key = _NO_KEY  # all lines may be Gemini's
+        if key is None and any(map(os.environ.get, (*_GOOGLE_KEYS, _HUB_KEY))):
+            key = _NO_KEY  # all lines may be Gemini's or Hugging Face's
         return self._client_of(sdk, self._base_url, key)
 
     def _client_of(self, sdk: Any, base_url: str | None, api_key: str | None) -> Any:

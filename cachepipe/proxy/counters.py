@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from cachepipe import prices, wire
-from cachepipe.accounting import Account, Delivered, Seller, Usage, usage_of
+from cachepipe.accounting import Account, Delivered, Seller, Usage, by_model, sums, usage_of
 from cachepipe.providers.generation import Kept
 from cachepipe.proxy.upstream import UpstreamClient
 from cachepipe.typedefs import Response
@@ -99,7 +99,7 @@ class Counts:
 
     def accounts(self) -> dict[str, Account]:
         """Return the sums of tokens by name."""
-        return {"spent": self.spent, **self.delivered.accounts()}
+        return sums(self.spent, self.delivered)
 
     def as_json(self, known: Prices) -> dict[str, Any]:
         """Return the counts by name, with the cost of the tokens if it is known."""
@@ -221,6 +221,7 @@ class Counters:
             totals.join(counts)
         total = totals.as_json(self.prices)
         del total["namespace"]
+        total["models"] = by_model(totals.accounts(), self.prices.cost)
         return {
             "started": self.started,
             "in_flight": self.in_flight,
@@ -252,12 +253,12 @@ class Counters:
         )
         tokens = CounterMetricFamily(
             "cachepipe_proxy_tokens",
-            "Tokens spent, billed, as asked, and saved (as asked less billed).",
+            "Tokens spent, billed, as asked, saved (as asked less billed), unreported (spent less billed).",
             labels=("namespace", "of", "sum"),
         )
         costs = GaugeMetricFamily(
             "cachepipe_proxy_cost_dollars",
-            "US dollars spent, billed, as asked, and saved, of the samples whose price is known.",
+            "US dollars spent, billed, as asked, saved and unreported, of the samples whose price is known.",
             labels=("namespace", "sum"),
         )
         for namespace, counts in self.namespaces.items():

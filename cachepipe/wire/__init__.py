@@ -53,6 +53,7 @@ __all__ = [
     "FEATURE_EXTRACTION",
     "GENERATE_CONTENT",
     "GENERATE_TEXT",
+    "INFERENCE",
     "MESSAGES",
     "MODERATIONS",
     "RESPONSES",
@@ -83,15 +84,15 @@ __all__ = [
     "usage_in",
 ]
 
+INFERENCE: tuple[Api, ...] = (TEXT_GENERATION, GENERATE_TEXT, FEATURE_EXTRACTION)
+"""Hugging Face's own APIs. They also have other URLs than those by which they are known."""
 APIS: tuple[Api, ...] = (
     *(CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS, MODERATIONS, MESSAGES),
-    *(TEXT_GENERATION, GENERATE_TEXT, FEATURE_EXTRACTION),
+    *INFERENCE,
     *(GENERATE_CONTENT, EMBED_CONTENT),
 )
 """Every API that can be cached."""
 
-_HUBS = (TEXT_GENERATION, GENERATE_TEXT, FEATURE_EXTRACTION)
-"""The APIs that also have other paths than those by which they are known, so that documents name them."""
 _BY_ENDING: dict[str, Api] = {
     "completions": COMPLETIONS,
     "responses": RESPONSES,
@@ -143,7 +144,7 @@ def named_scope(scope: str | None, here: str, api: Api) -> tuple[str, Api | None
         return scope, None if api.name == "chat completions" else api
     url, mark, query = scope_of(scope).partition("?")
     known = api_for("POST", url)
-    if known is not api and api in _HUBS:
+    if known is not api and api in INFERENCE:
         return f"{url}{mark}{query}", api
     if known is not api:
         base = url if known is None else url.removesuffix(_ending(url))

@@ -69,7 +69,7 @@ def of_stats(cache):
     assert each["spent"] == each["billed"]
     assert each["saved"] == tuple(a - b for a, b in zip(each["as_asked"], each["billed"], strict=True))
     assert each["saved"][0] > 0
-    return each, [{kind: parts(run[kind]) for kind in ("spent", *KINDS)} for run in runs]
+    return each, [{kind: parts(run[kind]) for kind in ("spent", *KINDS, "unreported")} for run in runs]
 
 
 def of_infos(infos):
@@ -101,7 +101,9 @@ def test_c6_a_run_says_what_stats_says(prices):
     for number in range(RUNS):
         words = ("run", "in.jsonl", "-o", f"{number}.jsonl", "--model", "ngram-1", "--namespace", "x", "-q")
         report = invoke(*words, "--cache", "c")
-        told.append({kind: parts(report[kind]) for kind in ("spent", *KINDS)})
+        told.append({kind: parts(report[kind]) for kind in ("spent", *KINDS, "unreported")})
+        [model] = report["models"]
+        assert {kind: parts(model[kind]) for kind in told[-1]} == told[-1]
     stats, runs = of_stats("c")
     assert sorted(told, key=str) == sorted(runs, key=str)
     assert {kind: added(one[kind] for one in told) for kind in told[0]} == {
@@ -120,9 +122,9 @@ def test_c6_a_proxy_its_page_and_its_metrics_say_what_stats_says(prices, server)
         counters = httpx2.get(f"{proxy.url}/cachepipe/api/counters").json()
         metrics = httpx2.get(f"{proxy.url}/metrics").text
     stats, _ = of_stats("c")
-    [namespace] = counters["namespaces"]
-    for kind in ("spent", *KINDS):
-        assert parts(namespace[kind]) == parts(counters["total"][kind]) == stats[kind]
+    [namespace], total = counters["namespaces"], counters["total"]
+    for kind in ("spent", *KINDS, "unreported"):
+        assert parts(namespace[kind]) == parts(total[kind]) == parts(total["models"][0][kind]) == stats[kind]
         metric = rf'cachepipe_proxy_cost_dollars{{namespace="x",sum="{kind}"}} (.*)'
         assert round(float(re.search(metric, metrics)[1]) * 1e4) == stats[kind][-1]
 

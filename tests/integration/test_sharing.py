@@ -24,6 +24,7 @@ from cachepipe.stores.base import Adopt, Claim, Commit
 from cachepipe.stores.bundles.reader import Bundle
 from cachepipe.stores.remote.session import Session
 from cachepipe.stores.remote.store import RemoteStore
+from cachepipe.stores.transaction import SqlLedger
 from cachepipe.stores.verify import verify
 from cachepipe.testing import MemoryEngine
 from cachepipe.testing.contract import KEY, asked, drawn
@@ -285,3 +286,14 @@ async def test_the_commands_export_import_merge_and_sync(tmp_path):
         assert (code, out) == (2, ""), err
         assert told in err
     assert not (tmp_path / "d").exists()
+
+
+async def test_a_merge_adds_the_entries_of_different_questions_together(tmp_path, monkeypatch):
+    for number, name in enumerate("ab"):
+        await ask(tmp_path / name, f"run-{number}", *map(str, range(40)))
+    looked = []
+    held = SqlLedger.entries
+    monkeypatch.setattr(SqlLedger, "entries", lambda self, keys: looked.append(len(keys)) or held(self, keys))
+    counts = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    assert (counts.questions, counts.new) == (40, 40)
+    assert looked == [40, 40]

@@ -131,6 +131,20 @@ def test_c12_a_bundle_that_is_changed_at_any_byte_is_refused(tmp_path):
             read(tmp_path, bytes(changed))
 
 
+def test_c12_a_bundle_that_changes_after_it_was_checked_is_refused(tmp_path):
+    path = tmp_path / "x.cachepipe"
+    path.write_bytes(written(*(entry(f"q{number}", [sample(f"s{number}")]) for number in range(600))))
+    with contextlib.closing(Bundle(path)) as bundle:
+        assert plain(bundle.entries()) == plain(bundle.entries())
+        with path.open("r+b") as file:
+            file.seek(30)
+            byte = file.read(1)
+            file.seek(30)
+            file.write(bytes([byte[0] ^ 1]))
+        with pytest.raises(BundleError, match="is damaged: the chunk at byte 0"):
+            list(bundle.entries())
+
+
 def test_c12_a_bundle_that_is_cut_off_anywhere_is_refused(tmp_path):
     content = written(entry(), entry("other", [sample("b1")]))
     for length in range(len(content)):

@@ -16,6 +16,7 @@ from cachepipe.contract.draws import Draw, label
 from cachepipe.contract.keys import provider_question
 from cachepipe.stores import tables
 from cachepipe.stores.base import Claim, Commit, Discard, Reserve
+from cachepipe.stores.disk import connect_to_read
 from cachepipe.stores.repair import repair
 from cachepipe.stores.verify import verify
 
@@ -479,3 +480,21 @@ def test_c12_a_damaged_row_of_a_budget_is_found(tmp_path):
     ledger.execute("UPDATE budgets SET document = '[0,[],[],[]]'")
     ledger.close()
     assert [*verify(tmp_path).problems] == ["sums"]
+
+
+def test_a_check_takes_few_statements_however_many_questions_there_are(tmp_path, monkeypatch):
+    statements = []
+
+    def connect(path):
+        connection, how = connect_to_read(path)
+        connection.set_trace_callback(statements.append)
+        return connection, how
+
+    monkeypatch.setattr("cachepipe.stores.verify.connect_to_read", connect)
+    counts = []
+    for number in (2, 60):
+        asyncio.run(asked(tmp_path / str(number), Model(), [Request(str(each)) for each in range(number)]))
+        statements.clear()
+        assert verify(tmp_path / str(number)).counts["samples"] == number
+        counts.append(len(statements))
+    assert counts[0] == counts[1]

@@ -140,3 +140,8 @@ def test_a_long_text_is_taken_to_go_on_as_it_begins():
     counter._encode = lambda text, **_: sizes.append(len(text)) or range(len(text) // 2)
     assert counter("ab" * 500_000) == 500_000
     assert sizes == [50_000]
+
+
+def test_a_text_generation_of_hugging_face_is_estimated_by_its_inputs_and_its_own_limit():
+    estimate = Estimator(None).estimate({"inputs": "x" * 400, "parameters": {"max_new_tokens": 7}})
+    assert (estimate.prompt, estimate.completion) == (100, 7)
