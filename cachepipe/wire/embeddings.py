@@ -113,7 +113,7 @@ class EmbeddingsApi(_FunctionApi):
         return jsontext.dumps(self.answer([orjson.loads(sample) for sample in samples], ask))
 
     def _stored(self, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        indices = [result.get("index") for result in results]
+        indices: list[Any] = [result.get("index") for result in results]
         if any(index is not None for index in indices):
             by_index = {result["index"]: result for result in results if type(result.get("index")) is int}
             if sorted(by_index) != list(range(len(results))):
