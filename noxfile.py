@@ -56,7 +56,7 @@ FRAMEWORKS = {
 def sdks(session: nox.Session, sdks: tuple[str, ...]) -> None:
     """Run the clients' tests on other versions of the SDKs."""
     # Compiled now, because some SDK's source warns when it is compiled, and the tests take that for an error.
-    session.install("--compile-bytecode", "-e", ".[anthropic,gemini,groq,test]", *sdks)
+    session.install("--compile-bytecode", "-e", ".[anthropic,gemini,groq,huggingface,test]", *sdks)
     session.run("pytest", "-q", *ON_THE_SDKS, *session.posargs, env={"TOGETHER_NO_BANNER": "1"})
 
 
@@ -136,5 +136,5 @@ def genai(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Let pyright read code that uses the clients in place of the SDKs'."""
-    session.install("-e", ".[anthropic,gemini,groq]", "pyright")
+    session.install("-e", ".[anthropic,gemini,groq,huggingface]", "pyright")
     session.run("pyright", "tests/typing")
