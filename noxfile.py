@@ -55,7 +55,7 @@ FRAMEWORKS = {
 @nox.parametrize("sdks", [nox.param(what, id=name) for name, what in SDKS.items()])
 def sdks(session: nox.Session, sdks: tuple[str, ...]) -> None:
     """Run the clients' tests on other versions of the SDKs."""
-    session.install("-e", ".[anthropic,gemini,groq,test]", *sdks)
+    session.install("-e", ".[anthropic,gemini,groq,huggingface,test]", *sdks)
     session.run("pytest", "-q", *ON_THE_SDKS, *session.posargs, env={"TOGETHER_NO_BANNER": "1"})
 
 
@@ -135,5 +135,5 @@ def genai(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Let pyright read code that uses the clients in place of the SDKs'."""
-    session.install("-e", ".[anthropic,gemini,groq]", "pyright")
+    session.install("-e", ".[anthropic,gemini,groq,huggingface]", "pyright")
     session.run("pyright", "tests/typing")

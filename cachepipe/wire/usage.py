@@ -194,7 +194,7 @@ def token_counts(usage: Any) -> dict[str, int | None]:
         prompt += _integer(usage.get("cache_creation_input_tokens"))
     if cached is None:
         details = usage.get("prompt_tokens_details"), usage.get("input_tokens_details")
-        cached = _first(details, "cached_tokens")
+        cached = _first((*details, usage), "cached_tokens")  # Moonshot's is not in the details
     total = _first((usage,), "total_tokens")
     if total is None and (prompt is not None or completion is not None):
         total = (prompt or 0) + (completion or 0)

@@ -101,6 +101,7 @@ def test_counts_have_one_set_of_names_for_all_providers():
         "output_tokens": 5,
         "output_tokens_details": {"thinking_tokens": 3},
     }
+    moonshot = {**openai, "prompt_tokens_details": None, "cached_tokens": 4}
     expected = {
         "prompt_tokens": 10,
         "completion_tokens": 5,
@@ -108,7 +109,13 @@ def test_counts_have_one_set_of_names_for_all_providers():
         "cached_tokens": 4,
         "reasoning_tokens": 3,
     }
-    assert token_counts(openai) == token_counts(responses) == token_counts(anthropic) == expected
+    assert (
+        token_counts(openai)
+        == token_counts(moonshot)
+        == token_counts(responses)
+        == token_counts(anthropic)
+        == expected
+    )
     assert token_counts(None) == token_counts({}) == dict.fromkeys(expected)
 
 
