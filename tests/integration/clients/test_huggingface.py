@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -19,10 +20,11 @@ from huggingface_hub import AsyncInferenceClient, InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, OverloadedError
 
 import cachepipe
-from cachepipe import Budget, CacheMiss, MemoryStore, Services, UnknownCost
+from cachepipe import Budget, CacheMiss, MemoryStore, Services, UnknownCost, wire
 from cachepipe.clients import AsyncHuggingFace, AsyncOpenAI, HuggingFace, OpenAI
 from cachepipe.providers.info import info
 from cachepipe.sdk import internals
+from cachepipe.sdk.huggingface import _api_of
 from cachepipe.sdk.mixins import OURS
 from cachepipe.sdk.wrapping import wrap
 from cachepipe.stores.base import Store
@@ -213,6 +215,26 @@ async def test_texts_of_a_list_are_bought_once(server, client):
     assert one.shape == other.shape
     assert (one[1] == other[1]).all()
     assert server.stats.samples_generated == 3
+
+
+@pytest.mark.parametrize(
+    ("task", "path", "api"),
+    [
+        ("conversational", "/v1/chat/completions", wire.CHAT),
+        ("conversational", "/v2/chat", None),
+        ("text-generation", "/v1/completions", wire.COMPLETIONS),
+        ("text-generation", "/generate", wire.GENERATE_TEXT),
+        ("text-generation", "", wire.TEXT_GENERATION),
+        ("feature-extraction", "/models/org/tiny", wire.FEATURE_EXTRACTION),  # not what the path tells
+        ("feature-extraction", "/v1/embeddings", wire.EMBEDDINGS),
+        ("summarization", "/models/org/tiny", None),
+    ],
+)
+def test_the_task_and_the_url_tell_the_api(task, path, api):
+    parameters = SimpleNamespace(task=task, url=f"http://host{path}", data=None)
+    assert _api_of(parameters) is api
+    parameters.data = b"audio"
+    assert _api_of(parameters) is None
 
 
 async def test_info_tells_where_the_samples_came_from(server, client):
