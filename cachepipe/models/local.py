@@ -139,8 +139,8 @@ class AsyncLocalClient(LocalCalls):
     the words of an answer that has been generated: a batch has no answer before its end.
 
     Args:
-        model: an adapter whose samples have the form of OpenAI's answers, such as `TransformersModel` with
-            ``raw=True``.
+        model: an adapter with a ``name``, whose samples have the form of OpenAI's answers, such as
+            `TransformersModel` with ``raw=True``.
         cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
         namespace: the unit within which samples are independent, in practice one experiment.
         batch_size: the largest number of samples that are generated together.
@@ -230,7 +230,7 @@ class _Resource:
         settings: Mapping[str, Any],
     ) -> Any:
         client = self._client
-        name = getattr(client.model, "name", None)
+        name = client.model.name
         if model not in (None, name):
             raise ValueError(f"this client's model is {name!r}, not {model!r}; leave out model=")
         given = {field: value for field, value in settings.items() if value is not None}
