@@ -578,3 +578,35 @@ def test_the_sdk_has_the_private_names_that_we_use():
         "_http_options",
     ):
         assert hasattr(api, name)
+
+
+async def test_a_service_limits_uncached_calls_of_both_halves(server):
+    service = Services.Gemini(base_url=server.url, api_key="k")
+    ask_for = {"model": MODEL, "contents": HELLO}
+    client = service.sync_client(MemoryStore(), mode="bypass")
+    assert await asyncio.to_thread(lambda: client.models.generate_content(**ask_for).text)
+    assert await asyncio.to_thread(lambda: joined(client.models.generate_content_stream(**ask_for)))
+    assert (await client.aio.models.count_tokens(**ask_for)).total_tokens
+    assert [chunk async for chunk in await client.aio.models.generate_content_stream(**ask_for)]
+    await client.aio.aclose()
+    await asyncio.to_thread(client.close)
+    stats = service.stats()
+    assert (stats.calls, stats.in_flight) == (4, 0)
+    assert server.stats.requests == 4
+
+
+async def test_the_course_of_a_program_is_repeated(make, server):
+    store = MemoryStore()
+
+    async def course(namespace):
+        said = []
+
+        async def one(number):
+            said.append((await ask(client, f"{HELLO} {number}")).text)
+
+        async with make(AsyncGemini, cache=store, namespace=namespace, ordered=True) as client:
+            await asyncio.gather(*map(one, range(5)))
+        return said
+
+    assert await course("a") == await course("b")
+    assert server.stats.requests == 5
