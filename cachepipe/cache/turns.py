@@ -147,11 +147,6 @@ class Line:
         """Whether several requests are in flight."""
         return len(self._in_flight) > 1
 
-    @property
-    def has_answers(self) -> bool:
-        """Whether answers wait for their turns."""
-        return self._schedule.any_ready
-
     def answers_at_once(self, arrival: int) -> bool:
         """Return True if a request need not wait for its turn: it is alone, and was so all the time."""
         return self.is_alone() and not self._schedule.may_be_late(arrival)

@@ -22,7 +22,6 @@ MANY = 1000
 """If a draw has more samples than this, the store's thread even reads them."""
 _BYTES = 1 << 20  # the largest weight of operations that the loop's own thread writes at once
 _LOOK = 0.01  # seconds between looks at samples that other processes generate
-_GATHER = 0.02  # seconds for which claims that find no sample are gathered while answers are handed over
 _INLINE = 128  # operations that may be written on the loop's own thread at once
 
 
@@ -95,8 +94,6 @@ class WriteQueue:
         self._operations: deque[_Queued] = deque()
         self._claiming: dict[Hashable, int] = {}  # how many draws of a key are queued
         self._sent: list[list[_Queued]] = []
-        self._lacking: list[_Queued] = []  # claims that are known to find no sample, to be written together
-        self._gathered: asyncio.TimerHandle | None = None  # ends their gathering
         self._first: object = None
         self._at_once = False
         self._handles = own_handles(loop)
@@ -306,26 +303,11 @@ class WriteQueue:
             if isinstance(grant, Grant):
                 self._tell(item, grant)
                 continue
-            if grant or item.lacking is None:
-                left.append(item)
-                continue
-            self._lacking.append(item)
-            item.lacking()
+            if not grant and item.lacking is not None:
+                item.lacking()
+            left.append(item)
         if left:
             self._hand_over(left)
-        if self._lacking and not self.line.has_answers:
-            self._claim_lacking()
-        elif self._lacking and self._gathered is None:
-            self._gathered = self.loop.call_later(_GATHER, self._claim_lacking)
-
-    def _claim_lacking(self) -> None:
-        """Write the claims that are known to find no sample."""
-        if self._gathered is not None:
-            self._gathered.cancel()
-            self._gathered = None
-        batch, self._lacking = self._lacking, []
-        if batch:
-            self._hand_over(batch)
 
     def _hand_over(self, batch: list[_Queued]) -> None:
         """Pass a batch to the store's thread now: a loop that is ending may not begin tasks any more."""
@@ -367,7 +349,7 @@ class WriteQueue:
         """Return True if draws of a key are queued or being granted. Thread-safe."""
         if key in self._claiming:
             return True
-        sent = [item.operation for batch in [*self._sent, self._lacking] for item in list(batch)]
+        sent = [item.operation for batch in list(self._sent) for item in list(batch)]
         return any(type(operation) is Claim and operation.draw.key == key for operation in sent)
 
     @property
@@ -376,15 +358,12 @@ class WriteQueue:
         return not self._operations
 
     def _busy(self) -> bool:
-        waiting = (
-            self._operations or self._lacking or self.writes or self.demands or self.delayed or self.strangers
-        )
+        waiting = self._operations or self.writes or self.demands or self.delayed or self.strangers
         return bool(waiting) or self.caller.busy
 
     async def drain(self) -> None:
         """Wait until everything queued is written and no call is in flight; end the window at once."""
         while self._busy():
-            self._claim_lacking()
             self.want_delayed()
             self.demands.cut()
             if self.writes:

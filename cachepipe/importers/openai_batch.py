@@ -167,7 +167,9 @@ class _Rows:
                 if ids.places.find(name) is None:
                     imported.leave(where, name, "no request has its custom_id, so its question is unknown")
                     continue
-                self._places[name,] = [*self._places[name,], [place, begun]]
+                places = self._places[name,]
+                places.append([place, begun])
+                self._places[name,] = places
                 self._places.trim()
 
     def of(self, name: str) -> Iterator[dict[str, Any]]:

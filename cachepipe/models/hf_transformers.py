@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from cachepipe.models.local import AsyncLocalClient, LocalClient
+from cachepipe.models.local import AsyncLocalClient, LocalCalls, LocalClient
 from cachepipe.models.transformers import TransformersModel
 
 _OF_PIPELINES: Final = frozenset(
@@ -22,20 +22,8 @@ def _parted(model: Any, given: dict[str, Any]) -> tuple[TransformersModel, dict[
     return TransformersModel(model, raw=True, **given), options
 
 
-class AsyncHFTransformers(AsyncLocalClient):
-    """A client of a model of ``transformers``, for programs with an event loop; see `AsyncLocalClient`.
-
-    Args:
-        model_name: the name or folder to load the model from, or a model.
-        tokenizer: its tokenizer; default is that of the same name.
-        cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
-        namespace: the unit within which samples are independent, in practice one experiment.
-        batch_size: the largest number of samples that are generated together.
-        timeout: seconds that a batch stays open for more after its first request.
-        replicate: which of several independent repetitions of the experiment the calls belong to.
-        options: other parameters of `LocalAPI` (``mode``, ``scope``, ``repeat``, ``ordered`` …) and of
-            `TransformersModel` (``name``, ``max_new_tokens``, ``device_map`` …).
-    """
+class _OfTransformers(LocalCalls):
+    """A client of a model of ``transformers``; see `AsyncHFTransformers`."""
 
     def __init__(
         self,
@@ -61,7 +49,23 @@ class AsyncHFTransformers(AsyncLocalClient):
         )
 
 
-class HFTransformers(LocalClient, AsyncHFTransformers):
+class AsyncHFTransformers(_OfTransformers, AsyncLocalClient):
+    """A client of a model of ``transformers``, for programs with an event loop; see `AsyncLocalClient`.
+
+    Args:
+        model_name: the name or folder to load the model from, or a model.
+        tokenizer: its tokenizer; default is that of the same name.
+        cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
+        namespace: the unit within which samples are independent, in practice one experiment.
+        batch_size: the largest number of samples that are generated together.
+        timeout: seconds that a batch stays open for more after its first request.
+        replicate: which of several independent repetitions of the experiment the calls belong to.
+        options: other parameters of `LocalAPI` (``mode``, ``scope``, ``repeat``, ``ordered`` …) and of
+            `TransformersModel` (``name``, ``max_new_tokens``, ``device_map`` …).
+    """
+
+
+class HFTransformers(_OfTransformers, LocalClient):
     """A client of a model of ``transformers``, for programs without an event loop; see `LocalClient`.
 
     The parameters are those of `AsyncHFTransformers`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Self
 
 import orjson
@@ -30,27 +30,19 @@ class _Kept(NamedTuple):
     value: wire.Sample
 
 
-class AsyncLocalClient:
-    """A client of a model on this machine, for programs with an event loop.
+class LocalCalls:
+    """What the synchronous and the asynchronous client have in common; `AsyncLocalClient` documents both.
 
-    ``client.chat.completions.create(messages=…)`` and ``client.completions.create(prompt=…)`` return objects
-    of OpenAI's SDK; `generate` returns text. Calls that are in flight together share batches. A stream brings
-    the words of an answer that has been generated: a batch has no answer before its end.
-
-    Args:
-        model: an adapter whose samples have the form of OpenAI's answers, such as `TransformersModel` with
-            ``raw=True``.
-        cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
-        namespace: the unit within which samples are independent, in practice one experiment.
-        batch_size: the largest number of samples that are generated together.
-        timeout: seconds that a batch stays open for more after its first request.
-        replicate: which of several independent repetitions of the experiment the calls belong to.
-        options: the other parameters of `LocalAPI`.
+    Its methods are coroutines. In a synchronous client they never wait, and `run_now` makes plain methods of
+    them.
 
     Attributes:
-        model: the adapter.
-        pipeline: the pipeline, a `LocalAPI`; copies of the client share it.
+        _settled: returns an awaitable of the result of a coroutine.
+        _stream: returns an iterator over the parts of a stream.
     """
+
+    _settled: Callable[[Any], Awaitable[Any]]
+    _stream: Callable[[Sequence[Any]], Any]
 
     def __init__(
         self,
@@ -125,12 +117,6 @@ class AsyncLocalClient:
         """Wait for what is in flight, and close the pipeline, also for copies of the client."""
         await self._settled(self.pipeline.close())
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
     async def _samples(self, prompt: Any, n: int, settings: Mapping[str, Any]) -> Response:
         """Return a response with n samples."""
         return (await self._answered(prompt, n, settings))[1]
@@ -144,6 +130,35 @@ class AsyncLocalClient:
         response: Response = await self._settled(self.pipeline.request(request))
         return request, response
 
+
+class AsyncLocalClient(LocalCalls):
+    """A client of a model on this machine, for programs with an event loop.
+
+    ``client.chat.completions.create(messages=…)`` and ``client.completions.create(prompt=…)`` return objects
+    of OpenAI's SDK; `generate` returns text. Calls that are in flight together share batches. A stream brings
+    the words of an answer that has been generated: a batch has no answer before its end.
+
+    Args:
+        model: an adapter with a ``name``, whose samples have the form of OpenAI's answers, such as
+            `TransformersModel` with ``raw=True``.
+        cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
+        namespace: the unit within which samples are independent, in practice one experiment.
+        batch_size: the largest number of samples that are generated together.
+        timeout: seconds that a batch stays open for more after its first request.
+        replicate: which of several independent repetitions of the experiment the calls belong to.
+        options: the other parameters of `LocalAPI`.
+
+    Attributes:
+        model: the adapter.
+        pipeline: the pipeline, a `LocalAPI`; copies of the client share it.
+    """
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
     def _settled(self, step: Any) -> Any:
         """Return an awaitable of the result of a coroutine: the coroutine itself."""
         return step
@@ -154,14 +169,14 @@ class AsyncLocalClient:
             yield item
 
 
-class LocalClient(AsyncLocalClient):
+class LocalClient(LocalCalls):
     """A client of a model on this machine, for programs without an event loop; see `AsyncLocalClient`.
 
     Any number of threads may use it. Their calls share batches if ``timeout`` leaves these open long enough.
     """
 
-    generate = run_now(AsyncLocalClient.generate)
-    close = run_now(AsyncLocalClient.close)
+    generate = run_now(LocalCalls.generate)
+    close = run_now(LocalCalls.close)
 
     def _check_order(self, ordered: Any) -> None:
         """Refuse to hand over answers in order.
@@ -186,7 +201,7 @@ class LocalClient(AsyncLocalClient):
         return in_portal(step)
 
     @staticmethod
-    def _stream(items: Sequence[Any]) -> Iterator[Any]:  # type: ignore[override]  # it is read without a loop
+    def _stream(items: Sequence[Any]) -> Iterator[Any]:
         yield from items
 
 
@@ -201,7 +216,7 @@ class _Resource:
     api: wire.Api
     kinds: tuple[Any, Any]
 
-    def __init__(self, client: AsyncLocalClient) -> None:
+    def __init__(self, client: LocalCalls) -> None:
         self._client = client
 
     async def _created(
@@ -215,7 +230,7 @@ class _Resource:
         settings: Mapping[str, Any],
     ) -> Any:
         client = self._client
-        name = getattr(client.model, "name", None)
+        name = client.model.name
         if model not in (None, name):
             raise ValueError(f"this client's model is {name!r}, not {model!r}; leave out model=")
         given = {field: value for field, value in settings.items() if value is not None}
@@ -314,7 +329,7 @@ class _Completions(_Resource):
 class _Chat:
     """The resource ``client.chat``."""
 
-    def __init__(self, client: AsyncLocalClient) -> None:
+    def __init__(self, client: LocalCalls) -> None:
         self._client = client
 
     @property
@@ -323,7 +338,7 @@ class _Chat:
         return _made_for(self._client, _ChatCompletions)
 
 
-def _made_for(client: AsyncLocalClient, kind: type[_Resource]) -> _Resource:
+def _made_for(client: LocalCalls, kind: type[_Resource]) -> _Resource:
     """Return a resource of a client, synchronous if the client is."""
     chosen: Any = kind
     made: _Resource = (_sync(chosen) if isinstance(client, LocalClient) else chosen)(client)

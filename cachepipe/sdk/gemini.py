@@ -43,6 +43,7 @@ from cachepipe.sdk.options import CacheOptions
 from cachepipe.sdk.wrapping import check_uncached, check_unchanged
 from cachepipe.typedefs import Ordered
 
+_SDK: Any = genai.Client  # tools may replace it later
 _JSON = {"content-type": "application/json; charset=UTF-8"}
 
 
@@ -461,12 +462,12 @@ def _begin(client: Any, options: dict[str, Any], kind: type = Gemini) -> None:
     if view is None and hasattr(service, "client_options"):
         options = _with_service(options, service.client_options("google", replays=replays))
     try:
-        genai.Client.__init__(client, **options)
+        _SDK.__init__(client, **options)
     except ValueError:
         named = ("api_key", "credentials", "vertexai", "enterprise")
         if not replays or any(options.get(name) is not None for name in named):
             raise
-        genai.Client.__init__(client, **{**options, "api_key": NO_KEY})
+        _SDK.__init__(client, **{**options, "api_key": NO_KEY})
     view = CacheView.of(cache, **ours) if view is None else view
     _equip(internals.api_of(client), view)
     _make_cached(client.aio)
@@ -531,4 +532,4 @@ def viewing(client: Any, view: CacheView) -> Any:
 
 for _kind, _made in ((Gemini, _construct), (AsyncGemini, _construct_async)):
     _kind.__init__ = _made  # type: ignore[method-assign]  # it has the SDK's signature
-    sign_constructor(_made, genai.Client, _kind)
+    sign_constructor(_made, _SDK, _kind)

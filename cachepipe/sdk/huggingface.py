@@ -111,7 +111,10 @@ def _api_of(parameters: Any) -> wire.Api | None:
     """Return the API of a request of the SDK; None if it is not cached."""
     if parameters.task not in _APIS or parameters.data is not None:
         return None
-    return wire.api_for("POST", parameters.url) or _APIS[parameters.task]
+    by_url, by_task = wire.api_for("POST", parameters.url), _APIS[parameters.task]
+    if by_task is None or (by_url is not None and by_url not in wire.INFERENCE):
+        return by_url
+    return by_url if by_url is not None and by_url.name == by_task.name else by_task
 
 
 class CachedInference(Viewing):

@@ -28,6 +28,7 @@ from cachepipe.contract.schedule import LAST, Place
 from cachepipe.errors import StoreError
 
 _STAMP = b'","stamp":'  # in a header it follows the id
+_ORIGIN = b',"origin":'
 _ids = itertools.count()
 _prefix: tuple[int, str] = (-1, "")
 
@@ -76,6 +77,34 @@ def place_of(header: bytes) -> Place:
     if start < len(_STAMP):
         return LAST
     return Place(int(header[start : header.find(b",", start)]))
+
+
+def with_origin(header: bytes, origin: int) -> bytes:
+    """Return the header of a sample that another cache has generated at another index, which it notes.
+
+    It stands behind the stamp, as what was sold must come last.
+    """
+    at = _after_stamp(header)
+    return b"%b%b%d%b" % (header[:at], _ORIGIN, origin, header[at:])
+
+
+def without_origin(header: bytes) -> tuple[bytes, int | None]:
+    """Return a header as it was written first, and the index at which the sample was generated, if noted."""
+    at = _after_stamp(header)
+    end = _end_of_number(header, at + len(_ORIGIN))
+    digits = header[at + len(_ORIGIN) : end]
+    if not header.startswith(_ORIGIN, at) or not digits.isdigit():
+        return header, None
+    return header[:at] + header[end:], int(digits)
+
+
+def _after_stamp(header: bytes) -> int:
+    return _end_of_number(header, header.find(_STAMP) + len(_STAMP))
+
+
+def _end_of_number(header: bytes, start: int) -> int:
+    end = header.find(b",", start)
+    return end if end >= 0 else len(header) - 1
 
 
 @dataclass(slots=True)

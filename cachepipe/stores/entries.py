@@ -13,8 +13,7 @@ from cachepipe.contract.draws import Draw
 from cachepipe.contract.entries import Entry, EntrySample, EntrySegment, ordered
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.stores import tables
-
-_ORIGIN: Final = b',"origin":'
+from cachepipe.stores.base import without_origin
 
 _KEYS: Final = "SELECT id, key, CAST(scope AS TEXT), CAST(document AS BLOB) FROM keys"
 _AMONG: Final = " WHERE key IN (SELECT value FROM json_each(?)) ORDER BY key"
@@ -144,10 +143,8 @@ def read_sample(key: str, index: int, row: Any, why: dict[int, str]) -> EntrySam
     header, payload, gone = tables.parts_of(key, index, *row)
     if gone and not header:
         return None
-    origin = index
-    at = header.rfind(_ORIGIN)
-    if at >= 0 and (digits := header[at + len(_ORIGIN) : -1]).isdigit():
-        origin, header = int(digits), header[:at] + b"}"
+    header, noted = without_origin(header)
+    origin = index if noted is None else noted
     name = header[7 : header.find(b'"', 7)].decode()
     reason = why.get(index, "") if gone else None
     return EntrySample(name, origin, header, b"" if gone else payload, reason, index)

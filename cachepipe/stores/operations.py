@@ -59,6 +59,7 @@ from cachepipe.stores.base import (
     Settle,
     SumBegun,
     Withdraw,
+    with_origin,
 )
 from cachepipe.stores.ledger import DrawRows, DrawView, KeyRows, Ledger
 
@@ -412,7 +413,7 @@ def adopted_sample(sample: EntrySample, index: int) -> Sample:
     """Return a sample of another cache as it is stored at an index; its header notes where it came from."""
     header = sample.header
     if index != sample.origin:
-        header = b'%b,"origin":%d}' % (header[:-1], sample.origin)
+        header = with_origin(header, sample.origin)
     return Sample(index, sample.id, sample.payload, header)
 
 

@@ -224,12 +224,19 @@ class MemoryEngine:
         with self._lock:
             return [name for name in self.rows.get(key, {}) if name.startswith(SAMPLE)]
 
-    def scan(self, prefix: str) -> Iterator[tuple[str, Rows]]:
+    def scan(self, prefix: str, fields: Sequence[bytes] = ()) -> Iterator[tuple[str, Rows]]:
         """Iterate over the keys with a prefix, without the samples."""
         self._called()
         with self._lock:
             found = [
-                (key, {name: row for name, row in there.items() if not name.startswith(SAMPLE)})
+                (
+                    key,
+                    {
+                        name: row
+                        for name, row in there.items()
+                        if (name in fields if fields else not name.startswith(SAMPLE))
+                    },
+                )
                 for key, there in self.rows.items()
                 if key.startswith(prefix)
             ]

@@ -239,6 +239,7 @@ class _ChoicesRecorder(StreamRecorder):
         self._api = api
         self._head: dict[str, Any] = {}
         self._usage: Any = None
+        self._usages: dict[int, dict[str, Any]] = {}  # in choices, as Moonshot sends them
         self._choices: dict[int, dict[str, Any]] = {}
         self._elsewhere: set[int] = set()  # choices with content in another field than that of deltas
 
@@ -281,6 +282,8 @@ class _ChoicesRecorder(StreamRecorder):
         for name, value in part.items():
             if name == "logprobs":
                 self._add_logprobs(choice, value, delta, part)
+            elif name == "usage" and isinstance(value, dict):
+                self._usages[index] = value
             elif name == "token_ids":  # from vLLM, some with each delta
                 extend(choice, {name: value})
             elif name not in _NOT_COPIED and (value not in (None, "") or not choice.get(name)):
@@ -329,13 +332,15 @@ class _ChoicesRecorder(StreamRecorder):
             choices.append({"index": index, **choice, api.content: content})
         if not choices:
             raise BadAnswer("the stream brought no choice; ask again")
-        head = self._head
+        head, usage = self._head, self._usage
+        if usage is None and self._usages:
+            usage = join_usage([*self._usages.values()], len(self._usages))
         if head.get("object") == api.chunk_object:
             head["object"] = api.whole_object
         usual: dict[str, Any] = {
             name: head.pop(name) for name in ("id", "object", "created", "model") if name in head
         }
-        return {**usual, "choices": choices, "usage": self._usage, **head}
+        return {**usual, "choices": choices, "usage": usage, **head}
 
 
 def _without_usage(chunk: Mapping[str, Any]) -> bytes:

@@ -113,9 +113,9 @@ class EmbeddingsApi(_FunctionApi):
         return jsontext.dumps(self.answer([orjson.loads(sample) for sample in samples], ask))
 
     def _stored(self, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        indices = [result.get("index") for result in results]
+        indices: list[Any] = [result.get("index") for result in results]
         if any(index is not None for index in indices):
-            by_index = {result["index"]: result for result in results if "index" in result}
+            by_index = {result["index"]: result for result in results if type(result.get("index")) is int}
             if sorted(by_index) != list(range(len(results))):
                 raise BadAnswer(f"embeddings must be numbered from 0; their indices are {indices!r:.200}")
             results = [by_index[index] for index in range(len(results))]

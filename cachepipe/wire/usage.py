@@ -144,8 +144,10 @@ def _of_question(usage: Usage, total: str) -> int:
 
 def _by_modality(value: Any) -> bool:
     """Return True for a list of Gemini's counts, one for each modality."""
-    return isinstance(value, list) and all(
-        isinstance(item, Mapping) and type(item.get("tokenCount")) is int for item in value
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, Mapping) and type(item.get("tokenCount")) is int for item in value)
     )
 
 
@@ -192,7 +194,7 @@ def token_counts(usage: Any) -> dict[str, int | None]:
         prompt += _integer(usage.get("cache_creation_input_tokens"))
     if cached is None:
         details = usage.get("prompt_tokens_details"), usage.get("input_tokens_details")
-        cached = _first(details, "cached_tokens")
+        cached = _first((*details, usage), "cached_tokens")  # Moonshot's is not in the details
     total = _first((usage,), "total_tokens")
     if total is None and (prompt is not None or completion is not None):
         total = (prompt or 0) + (completion or 0)

@@ -375,7 +375,7 @@ async def test_c6_a_merge_hands_on_what_runs_were_billed_and_saved_however_often
     one, other, both = new_store(), new_store(), new_store()
     await asks(one, "a", "b")
     await asks(other, "c", "d", "e")
-    await asks(other, "f", namespace="y")
+    await asks(other, "a", "b", namespace="y")  # its samples get other indices
     for _ in range(2):
         merge([one, other], both)
     found = figures(both, "x")
@@ -411,9 +411,12 @@ async def test_c6_what_was_paid_and_not_stored_is_handed_on(new_store):
 async def test_c6_a_bundle_hands_on_what_was_spent_and_a_budget_counts_it(new_store, tmp_path):
     one, other = new_store(), new_store()
     await asks(one, "a", "b")
+    await asks(other, "a", "b", namespace="y")
+    mine = figures(other, "y")
     export(one, tmp_path / "x.cachepipe")
     for _ in range(2):
         import_(tmp_path / "x.cachepipe", other)
+    assert figures(other, "y") == mine
     found = figures(other, "x")
     assert (found["spent"], found["billed"], found["unreported"]) == (bought_by(2), NOTHING, bought_by(2))
     prices = Prices({"m-1": {"prompt": 1000, "completion": 1000, "max_tokens": COMPLETION}})

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import dataclass
 
 import pytest
 from click.testing import CliRunner
 
-from cachepipe import OnlineAPI, Request, open_store
+from cachepipe import CacheMiss, OnlineAPI, Request, open_store
 from cachepipe.cli.group import cli
 from cachepipe.stores.remote.engine import Read, Swap
 from cachepipe.stores.remote.rows import FirstRow, pack
@@ -84,6 +85,30 @@ def test_stats_counts_what_namespaces_drew_and_spent(run):
     assert stats["bytes"] is None
     assert stats["scopes"] == [{"scope": "m", "keys": 2, "samples": 4, "pending": 0}]
     assert "keys" in run("stats")
+
+
+@dataclass(frozen=True)
+class Warm(Request):
+    temperature: float | None = None
+
+
+def test_a_miss_names_the_nearest_question_of_a_server_and_what_differs(run, url):
+    keys = [one["key"] for one in lines(run("ls", "--json"))]
+
+    async def replay():
+        async with OnlineAPI(ScriptedModel(cache_scope="m"), url, mode="replay") as pipeline:
+            await pipeline.request(Warm("first question", namespace="c", temperature=0.5))
+
+    with pytest.raises(CacheMiss, match="differs in temperature") as caught:
+        asyncio.run(replay())
+    assert caught.value.nearest == keys[0]
+
+    async def elsewhere():
+        async with OnlineAPI(ScriptedModel(cache_scope="other"), url, mode="replay") as pipeline:
+            await pipeline.request(Request("second question"))
+
+    with pytest.raises(CacheMiss, match="under another scope: 'm'"):
+        asyncio.run(elsewhere())
 
 
 def test_path_names_the_url_without_its_credentials(run, url):

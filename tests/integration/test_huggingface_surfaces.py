@@ -9,6 +9,7 @@ import httpx2
 import pytest
 from huggingface_hub import InferenceClient
 
+from cachepipe import DiskStore, listings
 from cachepipe.batch import run_file
 from cachepipe.clients import HuggingFace
 from cachepipe.proxy.server import running
@@ -148,3 +149,17 @@ def test_the_key_of_openai_is_not_sent_to_the_hub(server, run, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     [refused] = run(LINES[1:2])
     assert "none" in json.dumps(refused)  # the server got no key at all
+
+
+def test_listings_show_the_text_and_the_prompt(server, folder):
+    with HuggingFace(server.url, token=TOKEN, cache=folder, namespace="a") as ours:  # a URL without a path
+        text = ours.text_generation("Sort")
+        ours.feature_extraction(["one"], model=server.url + PIPELINE)
+    store = DiskStore(folder)
+    shown, keys = {}, store.keys()
+    for key in keys:
+        [sample] = store.samples(key.key)
+        prompt = listings.prompt_in(listings.document_of(store.question(key.key)))
+        shown[prompt] = listings.sample_fields(sample, key.scope)["summary"]["text"]
+    store.close()
+    assert shown == {"Sort": text, '["one"]': "1 by 256 numbers"}

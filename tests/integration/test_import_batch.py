@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from contextlib import suppress
+from pathlib import Path
 
 import orjson
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cachepipe import DiskStore, MemoryStore
 from cachepipe.batch import BatchFileError, run_file
@@ -286,6 +291,46 @@ async def test_results_of_run_are_refused(batch, tmp_path):
     await ran(tmp_path, TAKEN, cache=tmp_path / "cache", base_url="https://api.openai.com/v1")
     with pytest.raises(BatchFileError, match=r"was written by `cachepipe run` \(line 1\)"):
         import_batch(requests, [tmp_path / "again.out.jsonl"], tmp_path / "cache")
+
+
+def places(value, before=()):
+    """The paths of all parts of a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    yield before
+    for name, item in items:
+        yield from places(item, (*before, name))
+
+
+def changed(value, place, new):
+    """A copy of a JSON value with another part."""
+    if not place:
+        return new
+    copy = value.copy()
+    copy[place[0]] = changed(value[place[0]], place[1:], new)
+    return copy
+
+
+JUNK = [None, 0, -1, 1.5, True, "", "x", "\ud800", [], {}, [1], {"a": 1}, 10**30, float("nan"), [[[]]]]
+CHANGES = [(number, place) for number, each in enumerate([*ROWS, *ERRORS]) for place in places(each)]
+
+
+@given(st.lists(st.tuples(st.sampled_from(CHANGES), st.sampled_from(JUNK)), min_size=1, max_size=4))
+def test_c8_no_malformed_result_stops_an_import_and_each_is_named(changes):
+    rows = [*ROWS, *ERRORS]
+    for (number, place), new in changes:
+        with suppress(KeyError, IndexError, TypeError, AttributeError):  # an earlier change took the place
+            rows[number] = changed(rows[number], place, new)
+    store = MemoryStore()
+    with tempfile.TemporaryDirectory() as folder:
+        requests = written(Path(folder, "input.jsonl"), REQUESTS)
+        results = Path(folder, "output.jsonl")
+        results.write_text("".join(f"{json.dumps(each)}\n" for each in rows))
+        first = import_batch(requests, [results], store)
+        again = import_batch(requests, [results], store)
+    store.close()
+    named = {each.name for each in first.left}
+    assert first.taken + len(named & {each["custom_id"] for each in REQUESTS}) >= len(REQUESTS)
+    assert (again.counts.samples, again.counts.draws, again.taken) == (0, 0, first.taken)
 
 
 def command(*arguments):

@@ -6,9 +6,12 @@ from typing import assert_type
 
 import anthropic
 import groq
+import huggingface_hub
 import openai
 import together
 from anthropic.types import Message
+from google import genai
+from google.genai import types
 from openai.types import CreateEmbeddingResponse
 from openai.types.chat import (
     ChatCompletion,
@@ -37,6 +40,16 @@ async def stand_in_for_the_sdks() -> None:
     three: anthropic.Anthropic = clients.Anthropic(cache="caches/exp")
     fourth: groq.AsyncGroq = clients.AsyncGroq(cache="caches/exp", namespace="run-1", timeout=5)
     fifth: openai.AsyncOpenAI = clients.AsyncOpenRouter(cache="caches/exp", organization="o")
+    google: genai.Client = clients.Gemini(cache="caches/exp", api_key="k", http_options={"timeout": 5})
+    half: genai.client.AsyncClient = clients.AsyncGemini(cache="caches/exp", ordered=True)
+    generated = await half.models.generate_content(model="m", contents="hi")
+    assert_type(generated, types.GenerateContentResponse)
+    assert_type(google.models.generate_content(model="m", contents="hi"), types.GenerateContentResponse)
+    assert_type(clients.Gemini(cache="c").in_namespace("b"), clients.Gemini)
+    hub: huggingface_hub.AsyncInferenceClient = clients.AsyncHuggingFace("m", cache="c", provider="together")
+    spoken = await hub.chat_completion([{"role": "user", "content": "hi"}])
+    assert_type(spoken, huggingface_hub.ChatCompletionOutput)
+    assert_type(clients.HuggingFace("m", timeout=5).in_namespace("b"), clients.HuggingFace)
     four: groq.Groq = clients.Groq(cache="caches/exp", api_key="k")
     five: openai.OpenAI = clients.VLLM(cache="caches/exp", base_url="http://box/v1")
     for client in (first, azure, second, third, fourth, fifth):

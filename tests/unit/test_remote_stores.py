@@ -10,7 +10,7 @@ import pytest
 
 from cachepipe import NotStored, OnlineAPI, Request, StoreError
 from cachepipe.contract.draws import SHARED, Draw, label
-from cachepipe.contract.keys import Question
+from cachepipe.contract.keys import Question, digest
 from cachepipe.errors import DamagedCache, StoreUnreachable
 from cachepipe.stores.base import (
     Claim,
@@ -21,7 +21,7 @@ from cachepipe.stores.base import (
     ReleaseHold,
     ReleaseLease,
 )
-from cachepipe.stores.remote import rows
+from cachepipe.stores.remote import rows, similar
 from cachepipe.stores.remote.engine import TURN, Read, Swap, Unreachable
 from cachepipe.stores.remote.made import MadeDraws
 from cachepipe.stores.remote.session import Session, patiently
@@ -100,6 +100,25 @@ def trips(engine, store, *operations):
     before = engine.trips
     results = store.write(operations)
     return engine.trips - before, results
+
+
+# Similar questions.
+
+
+def test_a_miss_is_compared_with_a_bounded_number_of_questions_that_are_read_once(engine, start, monkeypatch):
+    store = start()
+    for number in range(6):
+        scope, document = "m", b'{"fields":{"number":%d,"prompt":"why?"}}' % number
+        question = Question(digest(scope, document), scope, document)
+        store.write([Claim(drawn(key=question.key), 1, question, "t")])
+    asked_for = Question("k2-x", "m", b'{"fields":{"number":9,"prompt":"why?"}}')
+    monkeypatch.setattr(similar, "MOST", 3)
+    before = engine.trips
+    found = [store.similar(asked_for) for _ in range(3)]
+    assert found[0] == found[1] == found[2]
+    assert found[0].scope == "m"
+    assert engine.trips - before == 1 + 3, "one scan, and a look at those that are near"
+    assert len(store._similar._keys) == 3
 
 
 # Round trips.

@@ -6,13 +6,11 @@ import asyncio
 import contextlib
 import inspect
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from cachepipe import context, runs
 from cachepipe.compat.cachesaver.typedefs import Metadata
 from cachepipe.providers.info import info
-
-_SEVERAL: Final = "n is the number of answers, a whole number of at least 1; got {n!r}"
 
 
 class Client:
@@ -36,8 +34,6 @@ class Client:
         client: cachepipe's client, a subclass of the SDK's.
     """
 
-    _several: bool = False
-    """Whether ``n`` makes several calls, because the API has no parameter for it."""
     _batches: bool = False
     """Whether cachepipe's client takes ``batch_size`` and ``timeout``."""
 
@@ -59,6 +55,13 @@ class Client:
     def _make(self, **kwargs: Any) -> Any:
         """Return cachepipe's client."""
         raise NotImplementedError
+
+    def _calls_for(self, arguments: dict[str, Any]) -> int | None:  # noqa: ARG002 - subclasses use it
+        """Return how many calls answer a call for ``n`` answers; None for one, if the API knows ``n``.
+
+        Subclasses take ``n`` out of the arguments, and may set what the API has instead.
+        """
+        return None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or "client" not in self.__dict__:
@@ -87,6 +90,14 @@ class Client:
         return f"<{type(self).__name__} namespace={self.namespace!r} cachedir={self.cachedir!r}>"
 
 
+def taken_n(arguments: dict[str, Any]) -> int | None:
+    """Take the number of answers out of the arguments of a call; None if they do not say it."""
+    n = arguments.pop("n", None)
+    if n is not None and (type(n) is not int or n < 1):
+        raise ValueError(f"n is the number of answers, a whole number of at least 1; got {n!r}")
+    return n
+
+
 def _wrapped(value: Any, client: Client) -> Any:
     """Return a resource or method of the SDK's client such that its calls are in the run of ours."""
     plain = isinstance(value, str | int | float | bool | None | dict | list | tuple)
@@ -112,11 +123,7 @@ class _Attribute:
         metadata: bool = False,
         **kwargs: Any,
     ) -> Any:
-        several = None
-        if self._client._several and "n" in kwargs:  # noqa: SLF001 - it is ours
-            several = kwargs.pop("n")
-            if type(several) is not int or several < 1:
-                raise ValueError(_SEVERAL.format(n=several))
+        several = self._client._calls_for(kwargs)  # noqa: SLF001 - it is ours
         # A namespace of None means the client's own, as in CacheSaver.
         given = {"namespace": namespace, "request_id": request_id}
         settings = {name: value for name, value in given.items() if value is not None}

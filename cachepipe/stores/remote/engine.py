@@ -237,10 +237,10 @@ class Engine(Protocol):
         """Return the fields of all samples of a key, in any order."""
         ...
 
-    def scan(self, prefix: str) -> Iterator[tuple[str, Rows]]:
+    def scan(self, prefix: str, fields: Sequence[bytes] = ()) -> Iterator[tuple[str, Rows]]:
         """Iterate over the keys with a prefix, in any order, with all rows but the samples.
 
-        A key that is written meanwhile may come twice.
+        With fields, only these rows are read. A key that is written meanwhile may come twice.
         """
         ...
 

@@ -28,6 +28,7 @@ from cachepipe.stores.remote import entries, rows
 from cachepipe.stores.remote.engine import PENDING, SAMPLE, Read, Rows
 from cachepipe.stores.remote.rows import DrawRow
 from cachepipe.stores.remote.session import REMOVALS, RUN, Session
+from cachepipe.stores.remote.similar import SimilarQuestions, question_in
 
 _WHOLE: Final = 64  # characters that only a whole key has
 _PAGE: Final = 100  # samples that are read in one round trip
@@ -37,6 +38,7 @@ class Listing:
     """Iterates over the content of a shared store. Each listing reads all keys that it may name."""
 
     session: Session
+    _similar: SimilarQuestions
 
     def _check(self) -> None:
         """Raise a ``StoreError`` if the store was closed."""
@@ -94,9 +96,13 @@ class Listing:
         [found] = self.session.asked(lambda: self.session.engine.read([Read(key, fields)]))
         return _Key(key, found).question() if rows.KNOWN in found else None
 
-    def similar(self, question: Question) -> StoredQuestion | None:  # noqa: ARG002 - see below
-        """Return None: finding a similar question would read all of them."""
-        return None
+    def similar(self, question: Question) -> StoredQuestion | None:
+        """Return the stored question that differs least from another one; None if none is similar.
+
+        It is looked for among some questions only: reading all of them could take long.
+        """
+        self._check()
+        return self._similar.similar(question)
 
     def sample(self, key: str, index: int) -> Sample | None:
         """Return one sample of a key; None if it does not exist or was discarded."""
@@ -272,8 +278,7 @@ class _Key(NamedTuple):
         return self.content(rows.QUESTION)
 
     def question(self) -> StoredQuestion:
-        scope, at = self.json(rows.KNOWN)
-        return StoredQuestion(self.name, scope, self.document, at)
+        return question_in(self.name, self.rows)
 
     def info(self) -> KeyInfo:
         scope, at = self.json(rows.KNOWN)

@@ -302,8 +302,8 @@ class PostgresEngine:
         found = self._ask("select field from SCHEMA.samples where key = %s", [encoded(key)])
         return [name for (name,) in found]
 
-    def scan(self, prefix: str) -> Iterator[tuple[str, Rows]]:
-        """Iterate over the keys with a prefix, in order, with all rows but the samples."""
+    def scan(self, prefix: str, fields: Sequence[bytes] = ()) -> Iterator[tuple[str, Rows]]:
+        """Iterate over the keys with a prefix, in order, with all rows but the samples, or some of them."""
         first = encoded(prefix)
         end = first[:-1] + bytes([first[-1] + 1]) if first else None  # UTF-8 has no byte 255
         last: bytes | None = None
@@ -313,8 +313,9 @@ class PostgresEngine:
                 "select k.key, coalesce(l.long, l.field), l.content from ("
                 "select key from SCHEMA.keys where key >= %s and (%s::bytea is null or key < %s) and "
                 "(%s::bytea is null or key > %s) order by key limit %s"
-                ") as k left join SCHEMA.ledger l using (key) order by k.key",
-                [first, end, end, last, last, _PAGE],
+                ") as k left join SCHEMA.ledger l on l.key = k.key and (%s or l.field = any (%s)) "
+                "order by k.key",
+                [first, end, end, last, last, _PAGE, not fields, [*fields]],
             ):
                 there = page.setdefault(key, {})
                 if name is not None:

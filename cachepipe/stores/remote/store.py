@@ -33,6 +33,7 @@ from cachepipe.stores.remote.engine import Read, Unreachable
 from cachepipe.stores.remote.failovers import mend
 from cachepipe.stores.remote.listing import Listing
 from cachepipe.stores.remote.session import Session
+from cachepipe.stores.remote.similar import SimilarQuestions
 from cachepipe.stores.remote.spool import Spool
 from cachepipe.stores.remote.states import States
 from cachepipe.stores.writer import Writer
@@ -71,6 +72,7 @@ class RemoteStore(Queued, Listing):
         self._writer = Writer(self)
         self._looking = Writer(_Looks(session), "cachepipe-looks")
         self._states = States(session)
+        self._similar = SimilarQuestions(session)
         self._spool = Spool(self.identity)
         self._unsettled: list[Settle] = []  # they wait until the samples that are kept here are stored
         _stores.add(self)
@@ -94,6 +96,7 @@ class RemoteStore(Queued, Listing):
         self._writer = Writer(self)
         self._looking = Writer(_Looks(self.session), "cachepipe-looks")
         self._states = States(self.session)
+        self._similar = SimilarQuestions(self.session)
         self._unsettled = []  # the parent settles its own
 
     def _check(self) -> None:

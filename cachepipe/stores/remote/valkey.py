@@ -350,13 +350,13 @@ class ValkeyEngine:
         [found] = self._told([("HKEYS", self._names(key)[1])])
         return list(found)
 
-    def scan(self, prefix: str) -> Iterator[tuple[str, Rows]]:
-        """Iterate over the keys with a prefix, in any order, with all rows but the samples."""
+    def scan(self, prefix: str, fields: Sequence[bytes] = ()) -> Iterator[tuple[str, Rows]]:
+        """Iterate over the keys with a prefix, in any order, with some rows, or all but the samples."""
         before = b"%b:{" % self._prefix
         pattern = _GLOB.sub(rb"\\\1", before + encoded(prefix)) + b"*}:b"
         names = self._scanned(pattern)
         while page := list(islice(names, _PAGE)):
-            for name, rows in zip(page, self._all(page), strict=True):
+            for name, rows in zip(page, self._some(page, fields), strict=True):
                 yield decoded(name[len(before) : -len(b"}:b")]), rows
 
     def _scanned(self, pattern: bytes) -> Iterator[bytes]:
@@ -366,6 +366,14 @@ class ValkeyEngine:
             if name is None:
                 return
             yield name
+
+    def _some(self, names: Sequence[bytes], fields: Sequence[bytes]) -> list[Rows]:
+        """Return the rows of fields in hashes; all rows if there are no fields."""
+        if not fields:
+            return self._all(names)
+        found = self._told([("HGET", name, field) for name in names for field in fields])
+        width = len(fields)
+        return [_rows(fields, found[at : at + width]) for at in range(0, len(found), width)]
 
     def _all(self, names: Sequence[bytes]) -> list[Rows]:
         """Return the rows in hashes, with the pending indices beside them."""

@@ -540,7 +540,7 @@ async def test_the_cache_is_closed_with_the_last_half_that_uses_it(make, server)
         await ask(client.aio)
 
 
-def test_a_rerun_in_a_new_process_makes_no_call(server, tmp_path):
+def test_a_rerun_in_a_new_process_makes_no_call(server, tmp_path, monkeypatch, capsys):
     program = textwrap.dedent(
         """
         import json, sys
@@ -555,14 +555,16 @@ def test_a_rerun_in_a_new_process_makes_no_call(server, tmp_path):
         """
     )
 
-    def run():
-        command = [sys.executable, "-c", program, server.url, str(tmp_path / "cache")]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    first = run()
+    place = [server.url, str(tmp_path / "cache")]
+    monkeypatch.setattr(sys, "argv", ["-c", *place])
+    exec(program, {})  # noqa: S102 - the same program in this process
+    first = capsys.readouterr().out
     calls = server.stats.requests
     assert calls == 4
-    assert run() == first
+    again = subprocess.run(
+        [sys.executable, "-c", program, *place], capture_output=True, text=True, check=True
+    )
+    assert again.stdout == first
     assert server.stats.requests == calls
 
 
@@ -576,3 +578,35 @@ def test_the_sdk_has_the_private_names_that_we_use():
         "_http_options",
     ):
         assert hasattr(api, name)
+
+
+async def test_a_service_limits_uncached_calls_of_both_halves(server):
+    service = Services.Gemini(base_url=server.url, api_key="k")
+    ask_for = {"model": MODEL, "contents": HELLO}
+    client = service.sync_client(MemoryStore(), mode="bypass")
+    assert await asyncio.to_thread(lambda: client.models.generate_content(**ask_for).text)
+    assert await asyncio.to_thread(lambda: joined(client.models.generate_content_stream(**ask_for)))
+    assert (await client.aio.models.count_tokens(**ask_for)).total_tokens
+    assert [chunk async for chunk in await client.aio.models.generate_content_stream(**ask_for)]
+    await client.aio.aclose()
+    await asyncio.to_thread(client.close)
+    stats = service.stats()
+    assert (stats.calls, stats.in_flight) == (4, 0)
+    assert server.stats.requests == 4
+
+
+async def test_the_course_of_a_program_is_repeated(make, server):
+    store = MemoryStore()
+
+    async def course(namespace):
+        said = []
+
+        async def one(number):
+            said.append((await ask(client, f"{HELLO} {number}")).text)
+
+        async with make(AsyncGemini, cache=store, namespace=namespace, ordered=True) as client:
+            await asyncio.gather(*map(one, range(5)))
+        return said
+
+    assert await course("a") == await course("b")
+    assert server.stats.requests == 5

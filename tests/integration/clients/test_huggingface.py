@@ -11,18 +11,20 @@ import subprocess
 import sys
 import threading
 import warnings
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
 import pytest
 from huggingface_hub import AsyncInferenceClient, InferenceClient
-from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError, OverloadedError
+from huggingface_hub.errors import HfHubHTTPError, OverloadedError
 
 import cachepipe
-from cachepipe import Budget, CacheMiss, MemoryStore, Services, UnknownCost
+from cachepipe import Budget, CacheMiss, MemoryStore, Services, UnknownCost, wire
 from cachepipe.clients import AsyncHuggingFace, AsyncOpenAI, HuggingFace, OpenAI
 from cachepipe.providers.info import info
 from cachepipe.sdk import internals
+from cachepipe.sdk.huggingface import _api_of
 from cachepipe.sdk.mixins import OURS
 from cachepipe.sdk.wrapping import wrap
 from cachepipe.stores.base import Store
@@ -215,6 +217,26 @@ async def test_texts_of_a_list_are_bought_once(server, client):
     assert server.stats.samples_generated == 3
 
 
+@pytest.mark.parametrize(
+    ("task", "path", "api"),
+    [
+        ("conversational", "/v1/chat/completions", wire.CHAT),
+        ("conversational", "/v2/chat", None),
+        ("text-generation", "/v1/completions", wire.COMPLETIONS),
+        ("text-generation", "/generate", wire.GENERATE_TEXT),
+        ("text-generation", "", wire.TEXT_GENERATION),
+        ("feature-extraction", "/models/org/tiny", wire.FEATURE_EXTRACTION),  # not what the path tells
+        ("feature-extraction", "/v1/embeddings", wire.EMBEDDINGS),
+        ("summarization", "/models/org/tiny", None),
+    ],
+)
+def test_the_task_and_the_url_tell_the_api(task, path, api):
+    parameters = SimpleNamespace(task=task, url=f"http://host{path}", data=None)
+    assert _api_of(parameters) is api
+    parameters.data = b"audio"
+    assert _api_of(parameters) is None
+
+
 async def test_info_tells_where_the_samples_came_from(server, client):
     client = client.copy(model=f"{server.url}/v1")
     answer = await settled(client.chat_completion(HELLO))
@@ -247,10 +269,17 @@ async def test_c8_errors_are_those_of_the_sdk_and_are_not_cached(server, kind, c
     assert await settled(client.text_generation("Sort"))
 
 
-async def test_a_time_out_is_that_of_the_sdk_and_the_retry_is_the_same_draw(server, client):
+async def test_a_time_out_is_that_of_the_sdk_and_the_retry_is_the_same_draw(server, kind, client):
     server.settings = MockSettings(paused=True, seed=1)
-    with pytest.raises(InferenceTimeoutError):
-        await settled(client.copy(timeout=0.05).chat_completion(HELLO))
+    plain = (InferenceClient if kind is HuggingFace else AsyncInferenceClient)(server.url, timeout=0.05)
+    seen = []
+    for who in (plain, client.copy(timeout=0.05)):
+        with pytest.raises(Exception) as caught:  # noqa: PT011 - version 1.0 raises one of the HTTP library
+            await settled(who.chat_completion(HELLO))
+        seen.append(type(caught.value))
+    await settled(plain.close())
+    assert seen[0] is seen[1]
+    assert "Timeout" in seen[0].__name__
     server.settings = MockSettings(seed=1)
     answer = await settled(client.chat_completion(HELLO))
     assert told(await settled(client.in_namespace("b").chat_completion(HELLO))) == told(answer)
@@ -272,6 +301,27 @@ async def test_c7_the_rest_of_a_stream_that_its_reader_leaves_is_stored(server, 
     assert told(await settled(again.chat_completion(HELLO)))
     assert server.stats.requests == 1
     await settled(again.close())
+
+
+async def test_c8_the_retry_of_a_cancelled_stream_is_the_same_draw(server):
+    server.settings = MockSettings(stream_delay=0.02, max_tokens=8, seed=1)
+    async with AsyncHuggingFace(f"{server.url}/v1", cache=MemoryStore()) as client:
+        said, begun = [], asyncio.Event()
+
+        async def read():
+            async for chunk in await client.chat_completion(HELLO, stream=True):
+                said.append(chunk.choices[0].delta.content or "")
+                if said[-1]:
+                    begun.set()
+
+        reader = asyncio.create_task(read())
+        await begun.wait()
+        reader.cancel()
+        await asyncio.wait([reader])
+        assert reader.cancelled()
+        [(text, _)] = told(await client.chat_completion(HELLO))
+    assert text.startswith("".join(said))
+    assert server.stats.requests == 1
 
 
 @pytest.mark.parametrize("fault", ["cut", "truncate", "malformed"])

@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from cachepipe.compat.cachesaver.models.anthropic import Anthropic, AsyncAnthropic
+from cachepipe.compat.cachesaver.models.gemini import AsyncGemini, Gemini
 from cachepipe.compat.cachesaver.models.openai import AsyncOpenAI, OpenAI
 from cachepipe.compat.cachesaver.models.together import AsyncTogether, Together
 from cachepipe.compat.cachesaver.pipelines import LocalAPI, OnlineAPI, OrderedLocalAPI
@@ -236,6 +237,26 @@ async def test_anthropic_answers_a_call_for_several_with_a_list(server, new, kin
     assert await several() == first
     assert [first, *_] == await several(n=3)
     assert server.stats.requests == 3
+    with pytest.raises(ValueError, match="at least 1; got 0"):
+        await several(n=0)
+
+
+@pytest.mark.parametrize("kind", [AsyncGemini, Gemini])
+async def test_gemini_answers_a_call_for_several_with_candidates(server, tmp_path, kind):
+    body = {"model": MODEL, "contents": "Cats?"}
+    http_options = {"base_url": server.base_url.removesuffix("/v1")}
+
+    async def several(**more):
+        client = kind(cachedir=str(tmp_path / "g"), api_key="none", http_options=http_options)
+        found = client.models.generate_content(**body, **more)
+        found = await found if inspect.isawaitable(found) else found
+        await client.client.aclose() if kind is AsyncGemini else client.client.close()
+        return found
+
+    first, metadata = await several(n=3, config={"temperature": 0.5}, metadata=True)
+    assert metadata == Metadata(3, [False] * 3, [False, True, True])
+    [again] = (await several(config={"temperature": 0.5})).candidates
+    assert again.content == first.candidates[0].content
     with pytest.raises(ValueError, match="at least 1; got 0"):
         await several(n=0)
 

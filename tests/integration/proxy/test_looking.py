@@ -265,7 +265,7 @@ def test_the_commands_serve_and_new_run(command, upstream, asked, tmp_path):
     ("arguments", "message"),
     [
         (["serve"], "needs an upstream"),
-        (["serve", "--upstream", "nonsense"], "begins with http://"),
+        (["serve", "--upstream", "nonsense"], "expected a base URL"),
         (["serve", "--upstream", "https://x/v1", "--host", "0.0.0.0"], "--token-env"),
         (["serve", "--upstream", "https://x/v1", "--api-key-env", "NOT_SET"], "NOT_SET is not set"),
         (["serve", "--config", "none.toml"], "cannot be read"),

@@ -145,3 +145,12 @@ def test_a_long_text_is_taken_to_go_on_as_it_begins():
 def test_a_text_generation_of_hugging_face_is_estimated_by_its_inputs_and_its_own_limit():
     estimate = Estimator(None).estimate({"inputs": "x" * 400, "parameters": {"max_new_tokens": 7}})
     assert (estimate.prompt, estimate.completion) == (100, 7)
+
+
+def test_geminis_bodies_are_estimated_by_their_contents_and_configuration():
+    picture = {"inlineData": {"mimeType": "image/png", "data": "A" * 100_000}}
+    contents = [{"role": "user", "parts": [{"text": "words " * 40}, picture]}]
+    config = {"candidateCount": 3, "maxOutputTokens": 7}
+    estimate = Estimator(None).estimate({"model": "m", "contents": contents, "generationConfig": config})
+    assert (estimate.model, estimate.n, estimate.completion) == ("m", 3, 21)
+    assert 1000 < estimate.raw < 1200

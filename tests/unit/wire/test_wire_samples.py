@@ -461,3 +461,11 @@ def test_c9_choices_that_are_split_and_joined_keep_their_numbers():
     assert repr(json.loads(jsontext.dumps(CHAT.answer(samples, ask)))) == repr(json.loads(text))
     for sample in samples:
         assert repr(sample["choices"][0]["odd"]) == repr(json.loads(odd))
+
+
+@pytest.mark.parametrize("index", [[1], {}, "1", 1.0, True, None])
+def test_c8_embeddings_with_odd_numbers_are_refused(index):
+    data = [{"index": 0, "embedding": [0.5]}, {"index": index, "embedding": [1.5]}]
+    answer = {"object": "list", "data": data, "model": "m", "usage": {"prompt_tokens": 2, "total_tokens": 2}}
+    with pytest.raises(BadAnswer, match="numbered from 0"):
+        EMBEDDINGS.samples(answer, [{"input": "a"}, {"input": "b"}])

@@ -1196,3 +1196,16 @@ def test_a_recorder_keeps_no_more_than_it_may_and_passes_every_byte_on(size):
     assert recorder.overflowed
     with pytest.raises(BadAnswer, match="more than 2000 bytes"):
         recorder.samples()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_usage_that_moonshot_sends_in_choices_is_that_of_the_answer(number):
+    usage = {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13, "cached_tokens": 5}
+    chunks = [chunk({"role": "assistant", "content": "Hi"}, index=index) for index in range(number)]
+    chunks += [chunk({}, "stop", index=index, usage=usage) for index in range(number)]
+    recorder = recorded(CHAT, sse(*chunks, b"[DONE]"))
+    samples = recorder.samples()
+    whole = CHAT.answer(samples, CHAT.split({"messages": [], "n": number})[0])
+    assert whole["usage"] == {**usage, "completion_tokens": 4 * number, "total_tokens": 9 + 4 * number}
+    assert [sample["usage"]["completion_tokens"] for sample in samples] == [4] * number
+    assert all("usage" not in sample["choices"][0] for sample in samples)

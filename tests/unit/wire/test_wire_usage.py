@@ -73,6 +73,12 @@ def test_counts_that_only_some_samples_have_are_kept():
         }
 
 
+def test_an_empty_list_in_a_usage_is_copied_to_each_sample():
+    usage = {"prompt_tokens": [], "completion_tokens": [], "total_tokens": 3}
+    parts = split_usage(usage, [1, 2], [1])
+    assert [part["prompt_tokens"] for part in parts] == [[], []]
+
+
 def test_counts_have_one_set_of_names_for_all_providers():
     openai = {
         "prompt_tokens": 10,
@@ -95,6 +101,7 @@ def test_counts_have_one_set_of_names_for_all_providers():
         "output_tokens": 5,
         "output_tokens_details": {"thinking_tokens": 3},
     }
+    moonshot = {**openai, "prompt_tokens_details": None, "cached_tokens": 4}
     expected = {
         "prompt_tokens": 10,
         "completion_tokens": 5,
@@ -102,7 +109,13 @@ def test_counts_have_one_set_of_names_for_all_providers():
         "cached_tokens": 4,
         "reasoning_tokens": 3,
     }
-    assert token_counts(openai) == token_counts(responses) == token_counts(anthropic) == expected
+    assert (
+        token_counts(openai)
+        == token_counts(moonshot)
+        == token_counts(responses)
+        == token_counts(anthropic)
+        == expected
+    )
     assert token_counts(None) == token_counts({}) == dict.fromkeys(expected)
 
 

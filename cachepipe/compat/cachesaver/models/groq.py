@@ -7,6 +7,8 @@ from typing import Any
 from cachepipe import clients
 from cachepipe.compat.cachesaver.calls import Client
 
+__all__ = ["AsyncGroq", "Groq"]
+
 
 class AsyncGroq(Client):
     """`cachepipe.clients.AsyncGroq` with CacheSaver's parameters."""

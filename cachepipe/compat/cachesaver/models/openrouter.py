@@ -7,6 +7,8 @@ from typing import Any
 from cachepipe import clients
 from cachepipe.compat.cachesaver.calls import Client
 
+__all__ = ["AsyncOpenRouter", "OpenRouter"]
+
 
 class AsyncOpenRouter(Client):
     """`cachepipe.clients.AsyncOpenRouter` with CacheSaver's parameters."""

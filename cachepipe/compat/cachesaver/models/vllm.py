@@ -1,4 +1,4 @@
-"""CacheSaver's clients of vLLM servers."""
+"""CacheSaver's clients of vLLM."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 from cachepipe import clients
 from cachepipe.compat.cachesaver.calls import Client
+
+__all__ = ["VLLM", "AsyncVLLM"]
 
 
 class AsyncVLLM(Client):
