@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cachepipe import prices
+from cachepipe.providers.presets import PRESETS
 
 OPENAI = "https://api.openai.com/v1/chat/completions"
 LOCAL = "http://127.0.0.1:8080/ns/suite/v1/chat/completions"
@@ -131,3 +132,20 @@ def test_a_file_of_prices_that_is_not_valid_is_refused_in_a_sentence(tmp_path, w
         path.write_text(written)
     with pytest.raises(prices.BadPrices, match=said):
         prices.Prices.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    {
+        "Cerebras": "gpt-oss-120b",
+        "DeepSeek": "deepseek-chat",
+        "Groq": "llama-3.3-70b-versatile",
+        "Mistral": "mistral-small-latest",
+        "Moonshot": "kimi-k2-0905-preview",
+        "OpenRouter": "openai/gpt-4o-mini",
+        "Perplexity": "sonar",
+        "XAI": "grok-4",
+    }.items(),
+)
+def test_the_table_of_prices_knows_what_a_provider_sells(name, model):
+    assert prices.unit_prices(model, f"{PRESETS[name].url}/chat/completions").completion > 0
