@@ -96,7 +96,7 @@ def replay(
         with _environment(found, namespace, notes, refused) as environment:
             code = _run(command, environment)
         misses = _misses(notes)
-    _tell(", ".join(map(common.name_of, sources)), misses, refused)
+    _tell([*map(common.name_of, sources)], misses, refused)
     if report is not None:
         told = [{"method": method, "path": path, "times": times} for (method, path), times in refused.items()]
         text = common.json_text({"exit_code": code, "misses": misses, "refused": told})
@@ -240,9 +240,14 @@ def _misses(notes: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _tell(bundle: str, misses: Sequence[Mapping[str, Any]], refused: Counter[tuple[str, str]]) -> None:
-    """Say on standard error what was asked and is not in the bundle."""
-    name = common.beginning(bundle, _WIDTH)
+def _tell(
+    sources: Sequence[str], misses: Sequence[Mapping[str, Any]], refused: Counter[tuple[str, str]]
+) -> None:
+    """Say on standard error what was asked and is not in the bundles."""
+    name = ", ".join(sources)
+    if len(name) > _WIDTH:  # the last parts of paths say most
+        name = ", ".join(source.rstrip("/").rpartition("/")[2] for source in sources)
+    name = common.beginning(name, 4 * _WIDTH)
     total = sum(miss["times"] for miss in misses)
     if not total and not refused:
         click.echo(f"Replayed from {name}: all that was asked is in it.", err=True)

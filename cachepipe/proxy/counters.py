@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from cachepipe import prices, wire
 from cachepipe.accounting import Account, Delivered, Seller, Usage, by_model, sums, usage_of
+from cachepipe.outages import public_url
 from cachepipe.providers.generation import Kept
 from cachepipe.proxy.upstream import UpstreamClient
 from cachepipe.typedefs import Response
@@ -196,7 +197,11 @@ class Counters:
         counts.delivered.add(usages, cached, url)
 
     def _priced(self, usages: list[Usage], url: str) -> tuple[list[Usage], str]:
-        """Return usages and the URL for their sums; no URL if too many models were counted."""
+        """Return usages and the URL for their sums; no URL if too many models were counted.
+
+        The URL has no query, which may hold a key.
+        """
+        url = public_url(url)
         for usage in usages:
             if self.prices.seller(usage.model, url) == _NOBODY:
                 return [each._replace(model=None) for each in usages], ""

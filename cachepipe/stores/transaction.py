@@ -514,7 +514,7 @@ class SqlLedger(Ledger):
         key = known.get(question.key)
         if key is None:
             key = self._written.get(question.key)
-        if key is None or key <= self._deleted:
+        if key is None or 0 < key <= self._deleted:
             key = self._id_of(question.key)
             self._written.pop(question.key, None)  # readers look it up again
         if not key:

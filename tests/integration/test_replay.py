@@ -160,7 +160,7 @@ def test_several_bundles_and_folders_answer_together(bundle, replay, program, tm
     code, out, err = replay(program, "a", "theirs", files=[folder / "moved"])
     lines = out.splitlines()
     assert (code, lines[:2]) == (0, [bundle[1][0], answer.choices[0].message.content]), err
-    assert "paper.cachepipe, " in err
+    assert "Replayed from paper.cachepipe, moved: " in err
     if program == OWN:
         assert lines[2] == "5 rows"
 
