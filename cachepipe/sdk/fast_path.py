@@ -106,7 +106,7 @@ def _fast_class(kind: Any) -> Any:
 
 def _create(kind: Any, own: Any) -> Callable[..., Any]:
     """Return a ``create`` method with the fast path, as a coroutine function."""
-    shapes: dict[tuple[str, ...], CallShape] = {}
+    shapes: dict[tuple[Any, ...], CallShape] = {}
 
     async def create(self: Any, **arguments: Any) -> Any:
         client = internals.client_of(self)
@@ -114,7 +114,8 @@ def _create(kind: Any, own: Any) -> Callable[..., Any]:
         if kind.create is not own:  # another library has replaced it since
             return await settled(kind.create(self, **arguments))
         given = internals.given(arguments)
-        shape = shapes.get(tuple(given))
+        key = (internals.has_own_url(client), *given)
+        shape = shapes.get(key)
         if shape is None:
             call = ObservedCall(given)
             token = observed.set(call)
@@ -123,7 +124,7 @@ def _create(kind: Any, own: Any) -> Callable[..., Any]:
             finally:
                 observed.reset(token)
                 if call.shape is not None and len(shapes) < _MOST_SHAPES:
-                    shapes[tuple(given)] = call.shape
+                    shapes[key] = call.shape
         begun = _begin(client, shape, given)
         if begun is None:
             return await settled(own(self, **arguments))

@@ -278,6 +278,15 @@ def client_of(resource: Any) -> Any:
     return resource._client  # noqa: SLF001 - this is the place
 
 
+def has_own_url(client: Any) -> bool | None:
+    """Return whether a client was given a base URL; None if this does not change the paths of its calls.
+
+    Without one, clients of together 3.1 and later send chats to another server than all else.
+    """
+    own: bool | None = getattr(client, "_base_url_overridden", None)
+    return own
+
+
 def is_usual(client: Any) -> bool:
     """Return True if a client makes its calls as ours do, and keeps answers that do not fit its models."""
     return (

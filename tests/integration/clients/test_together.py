@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import httpx
 import pytest
 import together
 
@@ -52,6 +53,28 @@ def test_version_1_is_refused_with_what_to_do_instead(monkeypatch):
 
     with pytest.raises(TypeError, match="together>=2"):
         wrap(Old())
+
+
+@since_2
+def test_c9_a_client_without_a_base_url_sends_its_calls_where_the_sdk_does_whatever_others_have_sent(
+    address, monkeypatch
+):
+    """The SDK has another server for chats then; the fast path must not take the path that it has learnt."""
+    monkeypatch.delenv("TOGETHER_BASE_URL", raising=False)
+    with Together(base_url=address, api_key="k", cache=MemoryStore()) as client:
+        assert texts(ask(client)) != texts(ask(client))  # the second call is made by the fast path
+    asked = []
+
+    def answer(request):
+        asked.append(str(request.url))
+        return httpx.Response(400, json={"error": {"message": "no"}})
+
+    for kind, options in ((together.Together, {}), (Together, {"cache": MemoryStore()})):
+        sender = httpx.Client(transport=httpx.MockTransport(answer))
+        client = kind(api_key="k", http_client=sender, max_retries=0, **options)
+        with client, pytest.raises(together.BadRequestError):
+            ask(client)
+    assert asked[0] == asked[1]
 
 
 @since_2
