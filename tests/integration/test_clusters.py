@@ -12,6 +12,7 @@ pytest.register_assert_rewrite("cachepipe.testing.contract")
 
 from cachepipe import OnlineAPI, Request, open_store  # noqa: E402 - after the rewriting is asked for
 from cachepipe.stores.base import Discard  # noqa: E402 - likewise
+from cachepipe.stores.remote import valkey  # noqa: E402 - likewise
 from cachepipe.stores.remote.verify import check  # noqa: E402 - likewise
 from cachepipe.testing import ScriptedModel, StoreContract  # noqa: E402 - likewise
 
@@ -30,6 +31,18 @@ class TestClusterStore(StoreContract):
 
     def make_store(self, tmp_path):
         return open_store(self.url)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the server at .* confirms samples that no replica has")
+def test_a_cluster_that_is_opened_while_a_replica_takes_over_is_waited_for(new_cluster_url, monkeypatch):
+    """Until then the client takes the old primary, which comes back as a replica, for a primary."""
+    told, real = [{"role": "slave", "redis_version": "9.0.0"}], valkey._info
+    monkeypatch.setattr(valkey, "_info", lambda *asked: told.pop() if told else real(*asked))
+    store, _ = open_store(new_cluster_url())
+    assert not told
+    assert store.totals()["samples"] == 0
+    store.close()
 
 
 @pytest.mark.slow

@@ -151,6 +151,8 @@ class ValkeyEngine:
         try:
             for server in self._ask(_servers):
                 info = self._ask(partial(_info, server))
+                if info.get("role") == "slave" and isinstance(self._client, ValkeyCluster):
+                    raise self._replaced()
                 for told in faults(info, self._settings(server), full=full):
                     warn_once(self.where, told)
         except Unfit as error:
@@ -464,9 +466,18 @@ class ValkeyEngine:
             return [_server(self.where, self._ask(lambda client: client.info(_HISTORY)))]
         found = self._ask(_infos)
         if any(info["role"] == "slave" for info in found.values()):
-            self._ask(lambda client: client.nodes_manager.initialize())
-            raise Unreachable("a server has become a replica", there=True)
+            raise self._replaced()
         return [_server(name, info) for name, info in found.items()]
+
+    def _replaced(self) -> Unreachable:
+        """Learn which servers are primaries now; return the error that makes callers ask again."""
+
+        def learn(client: Client) -> None:
+            nodes: Any = client
+            nodes.nodes_manager.initialize()
+
+        self._ask(learn)
+        return Unreachable("a server has become a replica", there=True)
 
     # Notifications.
 
