@@ -325,7 +325,7 @@ def _erased(store: Any, batch: _Steps, why: str) -> _Steps:
 
 
 def _deleted(store: Any, batch: _Steps) -> _Steps:
-    """Delete the questions of which nothing is left; return what was done: those that are used stay."""
+    """Delete the empty questions, and return what was done. Questions in use stay."""
     drops = [Drop(one.key, [sample.index for sample in entry.samples]) for entry, one in batch if one.ends]
     gone: set[str] = set()
     for _ in range(2):  # the first time, a folder may have to note another sample at its checkpoint

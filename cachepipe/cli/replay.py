@@ -41,7 +41,7 @@ With --report, the file gets an object:
 
 
 class _Replay(click.Command):
-    """A command whose arguments end at ``--``; what follows is the program to run."""
+    """A command whose own arguments end at ``--``. The program to run follows."""
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
         """Return the parts of the usage line."""

@@ -90,7 +90,7 @@ def step(entry: Entry, selection: Selection) -> Step | None:
 
 
 def _is_left_over(entry: Entry, selection: Selection) -> bool:
-    """Return True if a question of which nothing is left is selected: an earlier removal was stopped."""
+    """Return True if the selection includes an empty question, which a stopped removal has left."""
     old = all(selection.is_old(_stamp(sample)) for sample in entry.samples)
     return selection.samples and selection.namespaces is None and old
 

@@ -23,7 +23,7 @@ _VALUES: Final = frozenset(
     | {"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
     | {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
 )
-"""Opcodes whose argument is the value."""
+"""Opcodes that push their argument."""
 
 
 class BadPickle(ValueError):  # noqa: N818 - names the thing at fault

@@ -57,7 +57,7 @@ class Preset(NamedTuple):
 
     @property
     def api_key(self) -> str | None:
-        """The API key in the environment; None if there is none."""
+        """The API key in the environment, or None."""
         return os.environ.get(self.key, "").strip() or None
 
     def found_key(self, *, needed: bool = True) -> str:
@@ -117,7 +117,7 @@ PRESETS: Final[dict[str, Preset]] = {row.name: row for row in _ROWS}
 
 
 def compatible() -> Mapping[str, Preset]:
-    """Return the rows whose clients are subclasses of OpenAI's, by the names of these clients."""
+    """Return the rows of providers that OpenAI's clients work for, by the names of their clients."""
     rows = [row for row in PRESETS.values() if row.sdk == "openai" and row.name != "OpenAI"]
     return {f"{prefix}{row.name}": row for row in rows for prefix in ("", "Async")}
 
@@ -128,7 +128,7 @@ def of_sdk(sdk: str) -> Preset | None:
 
 
 def named(name: str) -> Preset | None:
-    """Return the provider with a name, in any case; None if there is none."""
+    """Return the provider with this name, or None. Case does not matter."""
     wanted = name.lower()
     return next((row for row in PRESETS.values() if row.name.lower() == wanted), None)
 

@@ -299,7 +299,7 @@ def _as_received(response: Any, *, stream: bool) -> Received:
 
 
 def _ending(made: Made, response: Any, *, stream: bool) -> Any:
-    """Return the response of an uncached call, whose end is reported."""
+    """Return the response of an uncached call, and report when it has been read."""
     if stream and hasattr(response.response_stream, "aiter_bytes"):
         http.when_read(response.response_stream, made.end)
     else:
