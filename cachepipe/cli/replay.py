@@ -41,7 +41,7 @@ With --report, the file gets an object:
 
 
 class _Replay(click.Command):
-    """A command whose own arguments end at ``--``. The program to run follows."""
+    """A command that takes its own arguments before ``--``, and the program to run after it."""
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
         """Return the parts of the usage line."""

@@ -82,7 +82,7 @@ class Purse:
         return [call for call, (lease, _) in self.held.items() if lease in dead]
 
     def begin_sum(self, name: str, lease: int) -> list[str]:
-        """Note that a sum of the rows begins. Return the calls whose rows it must count separately.
+        """Begin a sum of the rows, and return the calls that it must count separately.
 
         It must also tell apart the rows that are written from now on.
         """

@@ -5,8 +5,8 @@ stores neither the request nor the server, nor which namespace has used how many
 must be given: their keys are computed, and what the folder has under them is taken, in the order of the
 list. No draw is made. A later run draws the samples from the front, as CacheSaver's reruns do.
 
-Its keys ignore the order and the repetition of list items. If several given requests have one key, nobody
-knows whose samples it has, so nothing is taken.
+CacheSaver's keys ignore the order and the repetition of list items. If several of the given requests have the
+same key, the importer takes nothing from it, because it cannot know which request the samples answer.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class _Folder:
             raise StoreError(f"{self.path} is not a folder of CacheSaver: it holds no file {SHELF}")
         folders.check_files(self.path, SHELF)
         try:
-            # SQLite would leave two files of its own beside one that nobody else has open.
+            # If nobody has the file open, SQLite would create two more files and leave them there.
             used = any(shelf.with_name(f"{SHELF}{ending}").exists() for ending in ("-wal", "-shm"))
             self._rows = connect_to_read(shelf)[0] if used else connect(shelf, uri="?immutable=1")
             try:

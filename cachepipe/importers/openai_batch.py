@@ -3,8 +3,8 @@
 A batch has a file of requests and files of results. Each request gets the key, and its draw the identity,
 that ``cachepipe run`` gives them with the same settings. So a run of the same file makes no calls.
 
-The batch was paid for where it ran, at half the price. So its samples count as bought at ``…/batches``, whose
-prices are half of those of the model, and they belong to no namespace's budget.
+The user has paid for the batch already, at half the price of the model. So its samples count as bought at
+``…/batches``, which has half prices, and no namespace's budget pays for them.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def made_response(
 
 
 def streaming(library: Any, source: BodySource, asynchronous: bool, **parts: Any) -> Any:
-    """Return a response with status 200 whose body is a source.
+    """Return a response with status 200 that reads its body from a source.
 
     Args:
         library: the HTTP library.

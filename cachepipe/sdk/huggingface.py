@@ -49,7 +49,7 @@ _NOTED: Final = ("chat_completion", "text_generation", "feature_extraction")
 _SETTINGS: Final = ("model", "provider", "token", "timeout", "headers", "cookies")
 """The attributes of a client that a copy may change."""
 _ROUTED: Final = f"hf_{NO_KEY}"
-"""The token of a client that replays and has none; with such tokens, the SDK uses the hub's router."""
+"""Stands for the token of a client that replays without one; it makes the SDK use the hub's router."""
 
 _records: contextvars.ContextVar[list[info.Record] | None] = contextvars.ContextVar(
     "cachepipe_hub_records", default=None
@@ -320,7 +320,7 @@ def noting(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def equip(kind: Any, sdk: Any) -> None:
-    """Give a class the SDK's constructor with our parameters, and methods whose results are known to `info`.
+    """Give a class the SDK's constructor with our parameters, and methods that note their results for `info`.
 
     Args:
         kind: our class.
@@ -342,7 +342,7 @@ def equip(kind: Any, sdk: Any) -> None:
 
 
 def note_results(kind: Any, sdk: Any) -> None:
-    """Give a class methods whose results are known to `cachepipe.info`."""
+    """Give a class methods that note their results for `cachepipe.info`."""
     for name in _NOTED:
         setattr(kind, name, noting(getattr(sdk, name)))
 

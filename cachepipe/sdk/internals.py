@@ -420,7 +420,7 @@ def api_of(client: Any) -> Any:
 
 
 def rebound(part: Any, old: Any, new: Any) -> Any:
-    """Return a copy of a client, or of a part of one, whose calls another object makes."""
+    """Return a copy of a client, or of a part of one, that makes its calls through another object."""
     twin = object.__new__(type(part))
     for name, value in vars(part).items():
         if value is old:

@@ -312,7 +312,7 @@ class Erased(NamedTuple):
 
 @dataclass(slots=True)
 class Drop:
-    """Delete a question of which no draw and no sample is left, with all that is noted of it.
+    """Delete an empty question: one without draws and samples. All notes on it go too.
 
     Attributes:
         key: the key of the question.

@@ -83,7 +83,7 @@ def _entries(
 ) -> Iterator[Entry]:
     """Iterate over the entries of the questions on a page, with the indices that are used if ``sets``."""
     numbers = orjson.dumps([number for number, _, _, _ in page]).decode()
-    # The ledger first: whoever commits stores the sample before the ledger has it.
+    # Read the ledger first, because a commit writes the sample before the ledger.
     segments, discards, users = (
         _Rows(ledger.execute(query, (numbers,))) for query in (_SEGMENTS, _DISCARDS, _USERS)
     )

@@ -287,7 +287,7 @@ class _Check:
         """Check everything."""
         self._check_files()
         try:
-            # The ledger first: whoever commits stores the sample before the ledger has it.
+            # Read the ledger first, because a commit writes the sample before the ledger.
             self._ledger.execute("BEGIN")
             size = 0
             with self._reading("the ledger"):
