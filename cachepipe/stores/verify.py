@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -65,6 +66,26 @@ KINDS: Final[dict[str, tuple[str, str]]] = {
     "sums": ("a row of the sums of what was delivered is damaged", COPY),
 }
 """Per kind of problem, what is wrong and what to do about it."""
+
+
+def _lacks_its_end(connection: sqlite3.Connection) -> bool:
+    """Return True if a file of SQLite is shorter than its header says; SQLite reads the rest as zeros.
+
+    A file with a write-ahead log is not judged, because the log may hold what the file lacks.
+    """
+    path = next(file for _, name, file in connection.execute("PRAGMA main.database_list") if name == "main")
+    if not path:  # it is in memory
+        return False
+    with contextlib.suppress(FileNotFoundError):
+        if Path(f"{path}-wal").stat().st_size:
+            return False
+    with Path(path).open("rb") as file:
+        head = file.read(100)
+        size = file.seek(0, io.SEEK_END)
+    page = int.from_bytes(head[16:18], "big")
+    pages = int.from_bytes(head[28:32], "big")
+    # The number of pages is valid if the last writer has noted its own change beside it.
+    return head[24:28] == head[92:96] and size < pages * (65536 if page == 1 else page)
 
 
 class Stored(NamedTuple):
@@ -340,6 +361,8 @@ class _Check:
                     if line != "ok":
                         kind = "index" if _OF_INDEX.match(line) else "file"
                         self._report.add(kind, f"{name}: {line}")
+                if _lacks_its_end(connection):
+                    self._report.add("file", f"{name}: the end of the file is missing")
 
     # The ledger.
 
