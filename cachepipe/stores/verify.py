@@ -165,6 +165,7 @@ class IntegrityReport:
             problem.examples.append(example.encode(errors="backslashreplace").decode())
 
 
+_Row = tuple[Any, ...]
 Step = Callable[[], object]
 Progress = Callable[[int], contextlib.AbstractContextManager[Step]]
 """Takes the number of steps of a check; returns a context manager whose value is called after each step."""
@@ -251,23 +252,28 @@ def check_rows(
 class _Rows:
     """The rows of a table in the order of its first column, taken one number of a question at a time."""
 
-    def __init__(self, cursor: sqlite3.Cursor, stray: Callable[[tuple[Any, ...]], None]) -> None:
+    __slots__ = ("_cursor", "_next", "_stray")
+
+    def __init__(self, cursor: sqlite3.Cursor, stray: Callable[[_Row], None]) -> None:
         self._cursor = cursor
         self._stray = stray
-        self._next = cursor.fetchone()
+        self._next: _Row | None = next(cursor, None)
 
-    def of(self, key: float) -> list[tuple[Any, ...]]:
+    def of(self, key: float) -> Sequence[_Row]:
         """Return the rows of a question; those before them belong to none, or lie out of order."""
-        found = []
         row = self._next
+        if row is None:
+            return ()
+        found = []
         while row is not None:
-            if row[0] == key:
+            number = row[0]
+            if number == key:
                 found.append(row)
-            elif type(row[0]) is int and row[0] > key:
+            elif type(number) is int and number > key:
                 break
             else:
                 self._stray(row)
-            row = self._cursor.fetchone()
+            row = next(self._cursor, None)
         self._next = row
         return found
 
@@ -419,23 +425,24 @@ class _Check:
             self._report.add("question", str(key))
 
     def _sets(
-        self, key: str, rows: list[tuple[Any, ...]]
+        self, key: str, rows: Iterable[_Row]
     ) -> tuple[IntervalSet | None, dict[int, IntervalSet | None]]:
         """Return the list of a question, and what its namespaces have taken; None for damaged ones."""
-        owned: dict[int, list[tuple[Any, ...]]] = {}
+        owned: dict[int, list[_Row]] = {}
         for row in rows:
-            owned.setdefault(row[1], []).append(row[2:])
+            owned.setdefault(row[1], []).append(row)
         sets = {owner: self._set(key, owner, each) for owner, each in owned.items()}
-        return sets.pop(LISTED, IntervalSet()), sets
+        return sets.pop(LISTED, _NOTHING), sets
 
-    def _set(self, key: str, owner: int, rows: list[tuple[Any, ...]]) -> IntervalSet | None:
+    def _set(self, key: str, owner: int, rows: list[_Row]) -> IntervalSet | None:
         """Return a set of indices; None for one that is damaged."""
         name = self._labels.get(owner)
         if name is None:
             self._report.add("unknown", f"intervals: namespace number {owner!r} of question {key}", len(rows))
             return None
         last = -1
-        for start, stop, digest, _ in rows:
+        found = []
+        for _, _, start, stop, digest, _ in rows:
             if tables.interval_digest(name, key, start, stop) != digest:
                 self._report.add("set", f"question {key}, {whose(name)}")
                 return None
@@ -443,9 +450,10 @@ class _Check:
                 self._report.add("set", f"question {key}, {whose(name)}: intervals overlap")
                 return None
             last = stop
-        if rows[0][3] != len(rows):
+            found.append((start, stop))
+        if rows[0][5] != len(rows):
             self._report.add("hidden", f"a set of question {key}, {whose(name)}")
-        return IntervalSet([row[:2] for row in rows])
+        return IntervalSet(found)
 
     def _check_list(self, question: _Question) -> None:
         """Check that what is listed is stored or pending, and the other way round."""
@@ -475,43 +483,40 @@ class _Check:
         elif question.listed is not None and index not in question.listed:
             self._report.add("unknown", f"discards: sample {index} of question {question.key}")
 
-    def _check_draws(self, question: _Question, rows: list[tuple[Any, ...]]) -> None:
+    def _check_draws(self, question: _Question, rows: Sequence[_Row]) -> None:
         """Check the draws of a question, and what its namespaces have taken (C1)."""
-        drawn: dict[int, dict[int, tuple[Any, ...]]] = {}
+        drawn: dict[int, dict[int, Draw]] = {}
         unsure: set[int] = set()
-        listed = question.listed or _NOTHING
-        draws: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+        key, listed, all_taken, _, stored, pending, _ = question
+        draws: dict[_Row, list[_Row]] = {}
         for row in rows:
             draws.setdefault(row[1:5], []).append(row[4:])
         self._passed(len(rows))
         self._report.counts["draws"] += len(draws)
         for place, written in draws.items():
             namespace = place[3]
-            draw = self._draw(question.key, place)
+            draw = self._draw(key, *place)
             segments = None if draw is None else self._segments(draw, written)
             if draw is None or segments is None:
                 unsure.add(namespace)
                 continue
-            taken = question.taken.get(namespace, _NOTHING)
+            taken = all_taken.get(namespace, _NOTHING)
             holders = drawn.setdefault(namespace, {})
             whole = len(segments) == 1 and not segments[0].position
             indices = segments[0].indices if whole else indices_of(segments)
             for index in indices if whole else {index for segment in segments for index in segment.indices}:
-                if holders.setdefault(index, place) != place:
-                    self._report.add("repeated", f"{question.key}/{index}, {whose(draw.namespace)}")
+                if holders.setdefault(index, draw) is not draw:
+                    self._report.add("repeated", f"{key}/{index}, {whose(draw.namespace)}")
                 if taken is not None and index not in taken:
-                    self._report.add("unassigned", f"{question.key}/{index}, {told(draw)}")
+                    self._report.add("unassigned", f"{key}/{index}, {told(draw)}")
             for index in indices:
-                if index not in question.stored and index not in question.pending and index not in listed:
+                if index not in stored and index not in pending and index not in (listed or _NOTHING):
                     self._report.unfinished += 1
         if question.segments != len(rows):
-            hidden = abs(question.segments - len(rows))
-            self._report.add("hidden", f"draws of question {question.key}", hidden)
+            self._report.add("hidden", f"draws of question {key}", abs(question.segments - len(rows)))
         self._check_taken(question, drawn, unsure)
 
-    def _check_taken(
-        self, question: _Question, drawn: dict[int, dict[int, tuple[Any, ...]]], unsure: set[int]
-    ) -> None:
+    def _check_taken(self, question: _Question, drawn: dict[int, dict[int, Draw]], unsure: set[int]) -> None:
         """Check that some draw of a namespace has each sample that the namespace has taken."""
         for namespace, taken in question.taken.items():
             if taken is not None and namespace not in unsure:
@@ -521,23 +526,27 @@ class _Check:
                     example = f"{span(question.key, start, stop)}, {whose(label)}"
                     self._report.add("undrawn", example, stop - start)
 
-    def _draw(self, key: str, place: tuple[Any, ...]) -> Draw | None:
+    def _draw(
+        self, key: str, request_id: str, occurrence: int, replicate: str, namespace: int
+    ) -> Draw | None:
         """Return the draw of some rows; None if the ledger does not know its namespace."""
-        request_id, occurrence, replicate, namespace = place
         name = self._labels.get(namespace)
         if name is None:
             self._report.add("unknown", f"segments: namespace number {namespace!r} of question {key}")
             return None
         return Draw(name, key, request_id, occurrence, replicate)
 
-    def _segments(self, draw: Draw, rows: list[tuple[Any, ...]]) -> list[Segment] | None:
+    def _segments(self, draw: Draw, rows: Sequence[_Row]) -> list[Segment] | None:
         """Return the segments of a draw; None if its rows are not what was written."""
-        with contextlib.suppress(DamagedCache, TypeError, ValueError):
+        try:
             segments = tables.segments_of(draw, rows)
-            if all(0 <= segment.standing <= len(segment.indices) for segment in segments):
-                return segments
-        self._report.add("draw", told(draw))
-        return None
+            for segment in segments:
+                if not 0 <= segment.standing <= len(segment.indices):
+                    raise ValueError(segment.standing)  # noqa: TRY301 - as those of rows
+        except (DamagedCache, TypeError, ValueError):
+            self._report.add("draw", told(draw))
+            return None
+        return segments
 
     def _check_leases_and_firsts(self) -> None:
         key = "(SELECT k.key FROM keys k WHERE k.id = t.key)"
@@ -561,7 +570,7 @@ class _Check:
                 self._passed(1)
                 try:
                     tables.read_sums(loads, *row)
-                    fits = type(stamp) is int and _encodable(*row[:2])
+                    fits = type(stamp) is int and _encodable(row[0]) and _encodable(row[1])
                 except DamagedCache:
                     fits = False
                 if not fits:
@@ -693,31 +702,31 @@ WRONG_FIRSTS: Final = (
 """Notes of the earliest namespace of a draw that the rows of the draw do not confirm."""
 
 
-def gaps(intervals: Iterable[Interval], present: Sequence[int]) -> Iterator[Interval]:
-    """Iterate over what is left of intervals without some indices, which are sorted."""
-    place = 0
+def gaps(intervals: Iterable[Interval], present: Sequence[int]) -> list[Interval]:
+    """Return what is left of intervals without some indices, which are sorted."""
+    found = []
+    place, end = 0, len(present)
     for start, stop in intervals:
         at = start
-        while place < len(present) and present[place] < stop:
-            if present[place] > at:
-                yield at, present[place]
-            at = max(at, present[place] + 1)
+        while place < end and (index := present[place]) < stop:
+            if index > at:
+                found.append((at, index))
+            if index >= at:
+                at = index + 1
             place += 1
         if at < stop:
-            yield at, stop
+            found.append((at, stop))
+    return found
 
 
-def _encodable(*texts: Any) -> bool:
-    """Return True if values are texts that can be looked up; text that is not UTF-8 in the file is not."""
+def _encodable(text: Any) -> bool:
+    """Return True if a value is a text that can be looked up; text that is not UTF-8 in the file is not."""
+    if type(text) is not str:
+        return False
     try:
-        for text in texts:
-            if type(text) is not str:
-                return False
-            if not text.isascii():
-                text.encode()
+        return text.isascii() or bool(text.encode())
     except UnicodeEncodeError:
         return False
-    return True
 
 
 def span(key: str, start: int, stop: int) -> str:
