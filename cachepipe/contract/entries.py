@@ -111,9 +111,9 @@ class Entry:
             return None
         return Entry(self.key, self.scope, self.document, samples, draws, users)
 
-    def first_stamp(self) -> int:
-        """Return the lowest stamp of its draws; 0 without draws."""
-        return min([segment.stamp for segments in self.draws.values() for segment in segments], default=0)
+    def stamps(self) -> list[int]:
+        """Return the stamps of its draws."""
+        return [segment.stamp for segments in self.draws.values() for segment in segments]
 
 
 def ordered(samples: Iterable[EntrySample]) -> list[EntrySample]:
@@ -165,8 +165,7 @@ def addition(ours: Entry | None, theirs: Entry) -> Addition:
         theirs: the entry, without an id that two draws of a namespace share.
     """
     if ours is None:
-        more = [*theirs.draws.items()]
-        return _placed(Entry(theirs.key, theirs.scope, theirs.document), theirs.samples, more, theirs.users)
+        return _placed(None, theirs.samples, [*theirs.draws.items()], theirs.users)
     known = {sample.id: sample for sample in ours.samples}
     altered = [sample.id for sample in theirs.samples if _is_altered(known.get(sample.id), sample)]
     drawn = {
@@ -193,20 +192,20 @@ def addition(ours: Entry | None, theirs: Entry) -> Addition:
 
 
 def _placed(
-    ours: Entry,
+    ours: Entry | None,
     samples: Sequence[EntrySample],
     continues: Sequence[tuple[Draw, list[EntrySegment]]],
     users: Sequence[str],
 ) -> Addition:
-    """Return what is added to an entry, with the indices of the store."""
-    used = IntervalSet(ours.used)
-    new = _numbered(samples, used)
-    indices = {sample.id: sample.index for sample in ours.samples}
-    for index, sample in new:
-        indices[sample.id] = index
+    """Return what is added to an entry, or to a store without one, with the indices of the store."""
+    used = IntervalSet(() if ours is None else ours.used)
+    indices = _numbered(samples, used)
+    new = [(indices[sample.id], sample) for sample in samples]
+    if ours is not None:
+        indices |= {sample.id: sample.index for sample in ours.samples}
     segments_of = []
     for draw, added in continues:
-        own = ours.draws.get(draw, ())
+        own = None if ours is None else ours.draws.get(draw)
         number = own[-1].number + 1 if own else 0
         rows = [_row(number + at, each, indices, used) for at, each in enumerate(added)]
         segments_of.append((draw, rows))
@@ -298,17 +297,19 @@ def _missing(ours: Sequence[str | None], theirs: Sequence[str | None]) -> list[t
     ]
 
 
-def _numbered(samples: Sequence[EntrySample], used: IntervalSet) -> list[tuple[int, EntrySample]]:
+def _numbered(samples: Sequence[EntrySample], used: IntervalSet) -> dict[str, int]:
     """Return the index of each new sample: its origin if that is free, else the lowest free one."""
     found: dict[str, int] = {}
+    left: list[str] = []
     for sample in samples:
-        if sample.origin not in used:
+        if sample.origin in used:
+            left.append(sample.id)
+        else:
             used.add(sample.origin)
             found[sample.id] = sample.origin
-    for sample in samples:
-        if sample.id not in found:
-            found[sample.id] = _new(used)
-    return [(found[sample.id], sample) for sample in samples]
+    for name in left:
+        found[name] = _new(used)
+    return found
 
 
 def _new(used: IntervalSet) -> int:
@@ -321,8 +322,8 @@ def _row(
     number: int, segment: EntrySegment, indices: dict[str, int], used: IntervalSet
 ) -> tuple[Segment, int]:
     """Return a segment with the indices of the store; a sample that is not stored gets one that is free."""
-    there = [name is not None and name in indices for name in segment.samples]
-    standing = there.index(False) if False in there else len(there)
-    chosen = [indices[name] if name in indices else _new(used) for name in segment.samples]
+    found = [None if name is None else indices.get(name) for name in segment.samples]
+    standing = found.index(None) if None in found else len(found)
+    chosen = [_new(used) if index is None else index for index in found]
     row = Segment(number, segment.position, chosen, NOBODY, None, segment.stamp, standing, segment.place)
     return row, segment.generated

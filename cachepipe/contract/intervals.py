@@ -133,6 +133,17 @@ def covered(intervals: Iterable[Interval]) -> IntervalSet:
     return IntervalSet(found)
 
 
+def spans(indices: Iterable[int]) -> list[Interval]:
+    """Return the intervals of some indices."""
+    found: list[Interval] = []
+    for index in sorted(indices):
+        if found and index <= found[-1][1]:
+            found[-1] = (found[-1][0], index + 1)
+        else:
+            found.append((index, index + 1))
+    return found
+
+
 def merged(intervals: Sequence[Interval], index: int) -> tuple[list[Interval], Interval]:
     """Return which intervals an added index replaces, and the interval that replaces them.
 

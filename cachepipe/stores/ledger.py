@@ -13,7 +13,7 @@ from cachepipe.accounting import RunSums
 from cachepipe.contract.allotment import Discarded, Segment
 from cachepipe.contract.budgets import Purse
 from cachepipe.contract.draws import Draw
-from cachepipe.contract.entries import Entry
+from cachepipe.contract.entries import Addition, Entry
 from cachepipe.contract.intervals import IntervalSet, MutableIndexSet
 from cachepipe.errors import DamagedCache
 from cachepipe.stores.base import Claim, Sample
@@ -244,9 +244,15 @@ class Ledger(ABC):
     def adopted(self, entry: Entry) -> KeyRows:
         """Return the rows of an entry's key; store its question if it is new."""
 
-    def inserting(self, draw: Draw) -> DrawRows:
-        """Return the rows of a draw of another cache, whose key was adopted; only ``insert`` is called."""
-        return self.draw(draw)
+    def extend(self, entry: Entry, more: Addition) -> None:
+        """Write what is added of an entry of another cache: its question, its list and its draws."""
+        key = self.adopted(entry)
+        for index, _ in more.samples:
+            key.listed.add(index)
+        for draw, segments in more.segments:
+            rows = self.draw(draw)
+            for segment, generated in segments:
+                rows.insert(segment, generated)
 
     @abstractmethod
     def put(self, samples: Sequence[tuple[str, Sample]]) -> bool:

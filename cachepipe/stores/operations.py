@@ -393,15 +393,10 @@ def _adopt(ledger: Ledger, entry: Entry, add: Addition, *, new: bool) -> Adopted
     """Add what an entry has beyond its samples."""
     changes = bool(add.samples or add.segments or add.users)
     if changes:
-        key = ledger.adopted(entry)
+        ledger.extend(entry, add)
         for index, sample in add.samples:
-            key.listed.add(index)
             if sample.discarded is not None:
-                key.discard(index, sample.discarded)
-        for draw, segments in add.segments:
-            rows = ledger.inserting(draw)
-            for segment, generated in segments:
-                rows.insert(segment, generated)
+                ledger.key(entry.key).discard(index, sample.discarded)
         if add.users:
             shared = ledger.draw(Draw(SHARED, entry.key, "", 0))
             for user in add.users:

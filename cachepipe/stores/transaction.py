@@ -18,8 +18,8 @@ from cachepipe.accounting import RunSums
 from cachepipe.contract.allotment import Discarded, Segment
 from cachepipe.contract.budgets import Purse
 from cachepipe.contract.draws import SHARED, Draw
-from cachepipe.contract.entries import Entry
-from cachepipe.contract.intervals import IntervalSet, MutableIndexSet, Union, changes, intervals_of
+from cachepipe.contract.entries import Addition, Entry
+from cachepipe.contract.intervals import IntervalSet, MutableIndexSet, Union, changes, intervals_of, spans
 from cachepipe.contract.keys import Question
 from cachepipe.errors import DamagedCache, StoreError
 from cachepipe.stores import entries, tables
@@ -384,21 +384,36 @@ class SqlLedger(Ledger):
 
     def adopted(self, entry: Entry) -> KeyRows:
         """Return the rows of an entry's key; store its question if it is new."""
-        for segments in entry.draws.values():
-            for segment in segments:
-                self.greatest_stamp = max(self.greatest_stamp, segment.stamp)
-        number = self._asked(Question(entry.key, entry.scope, entry.document), entry.first_stamp() / 1e6)
-        if number in self._new_keys:
-            self.begun.add(number)
-            self._remember(LISTED, number, entry.key, [])
-            for draw in entry.draws:
-                self._remember(self.namespace(draw.namespace), number, entry.key, [])
-        return _Key(self, number, entry.key)
+        return _Key(self, self._adopted(entry), entry.key)
 
-    def inserting(self, draw: Draw) -> DrawRows:
-        """Return the rows of a draw of another cache; of a new key nothing is read."""
-        number = self._ids.get(draw.key)
-        return _Insertion(self, number, draw) if number in self._new_keys else self.draw(draw)
+    def _adopted(self, entry: Entry) -> int:
+        """Return the id of an entry's key; store its question if it is new."""
+        stamps = entry.stamps()
+        self.greatest_stamp = max(self.greatest_stamp, max(stamps, default=0))
+        question = Question(entry.key, entry.scope, entry.document)
+        return self._asked(question, min(stamps, default=0) / 1e6)
+
+    def extend(self, entry: Entry, more: Addition) -> None:
+        """Write what is added of an entry of another cache; of a new question nothing is read."""
+        number = self._adopted(entry)
+        if number not in self._new_keys:
+            super().extend(entry, more)
+            return
+        self.begun.add(number)
+        owned = {LISTED: [index for index, _ in more.samples]}
+        for draw, segments in more.segments:
+            namespace = self.namespace(draw.namespace)
+            taken = owned.setdefault(namespace, [])
+            where = (*_place(number, draw), namespace)
+            for segment, generated in segments:
+                taken += segment.indices
+                self.segments.append(_segment_row(where, draw, segment, generated))
+                self.written_stamp = max(self.written_stamp, segment.stamp)
+        for owner, indices in owned.items():
+            label = self.label(owner)
+            for start, stop in spans(indices):
+                digest = tables.interval_digest(label, entry.key, start, stop)
+                self.intervals.append((owner, number, stop, start, digest))
 
     # Sums.
 
@@ -627,6 +642,14 @@ def _place(key: int, draw: Draw) -> Place:
     return key, draw.request_id, draw.occurrence, draw.replicate
 
 
+def _segment_row(where: tuple[Any, ...], draw: Draw, segment: Segment, generated: int) -> tuple[Any, ...]:
+    """Return the row of a segment of a draw; ``where`` is the draw's place, and its namespace."""
+    number, position, chosen, lease, token, stamp, standing, place = segment
+    indices, noted = pack(chosen), tables.write_place(place)
+    digest = tables.segment_digest(draw, number, position, indices, stamp, noted)
+    return (*where, number, position, indices, lease, token, generated, stamp, standing, digest, noted)
+
+
 class _Key(KeyRows):
     """One key inside a transaction."""
 
@@ -760,27 +783,19 @@ class _Draw(_Key, DrawRows):
         return tables.segments_of(draw, [row for row in rows if row.namespace == earliest.namespace])
 
     def add(self, segment: Segment, generated: int) -> None:
-        number, position, chosen, lease, token, stamp, standing, _ = segment
-        indices, noted = pack(chosen), tables.write_place(segment.place)
-        digest = tables.segment_digest(self._draw, number, position, indices, stamp, noted)
-        written = (number, position, indices, lease, token, generated, stamp, standing, digest, noted)
-        row = (*self._where, *written)
         ledger, place = self._in, self._where[:4]
-        ledger.segments.append(row)
-        ledger.written_stamp = stamp
+        ledger.segments.append(_segment_row(self._where, self._draw, segment, generated))
+        ledger.written_stamp = segment.stamp
         ledger.touched.add(place)
         ledger.found.pop(place, None)
 
     def insert(self, segment: Segment, generated: int) -> None:
-        self._insert(segment, generated)
-        self._execute(f"DELETE FROM firsts{tables.PLACE}", *self._where[:4])
-
-    def _insert(self, segment: Segment, generated: int) -> None:
         written = self._in.written_stamp
         self.add(segment, generated)
         self._in.written_stamp = max(written, segment.stamp)
         for index in segment.indices:
             self.taken.add(index)
+        self._execute(f"DELETE FROM firsts{tables.PLACE}", *self._where[:4])
 
     def replace(self, segment: Segment) -> None:
         indices, noted = pack(segment.indices), tables.write_place(segment.place)
@@ -840,16 +855,3 @@ class _NewDraw(_Draw):
         for owner, label in ((LISTED, ""), (self._where[4], self._draw.namespace)):
             digest = tables.interval_digest(label, self.name, 0, stop)
             ledger.intervals.append((owner, key, stop, 0, digest))
-
-
-class _Insertion(_NewDraw):
-    """A draw of another cache, of a key that is new here: no namespace is noted as its earliest."""
-
-    __slots__ = ()
-
-    def __init__(self, ledger: SqlLedger, number: int, draw: Draw) -> None:
-        super().__init__(ledger, number, draw)
-        self.taken = ledger.set_of(self._where[4], number, draw.key)
-
-    def insert(self, segment: Segment, generated: int) -> None:
-        self._insert(segment, generated)

@@ -667,10 +667,10 @@ class _Ledger(Ledger):
         return [self._book.entry() for _ in keys]  # the book has one key
 
     def adopted(self, entry: Entry) -> _Rows:
-        for segments in entry.draws.values():
-            for segment in segments:
-                self._process.see(segment.stamp)
-        at = entry.first_stamp() / 1e6 or self._process.now() / 1e6
+        stamps = entry.stamps()
+        for stamp in stamps:
+            self._process.see(stamp)
+        at = (min(stamps, default=0) or self._process.now()) / 1e6
         self._asked(entry.scope, entry.document, at)
         return _Rows(self._book)
 
