@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from dataclasses import asdict, dataclass, field
 from heapq import merge as in_key_order
 from importlib.metadata import version
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -258,23 +257,76 @@ def _combine(
     progress: Progress,
 ) -> list[Counts]:
     """Add what the sources hold to each target, if nothing contradicts; return what each got."""
+    copies = [_Copy(target, sources) for target in targets]
     conflicts = _Conflicts()
+    questions = 0
     with prefetched(_batches(_groups(sources, scope))) as batches:
         for batch in _counted(batches, "checking", progress, len):
-            _check(targets, batch, conflicts)
+            _check(copies, batch, conflicts)
+            questions += len(batch)
     if conflicts.count:
         raise ImportRefused(
             conflicts.told,
             conflicts.count,
             "Draw in another namespace in one of them, or import one as a bundle under another --scope",
         )
-    counts = [Counts() for _ in targets]
-    with prefetched(_batches(_groups(sources, scope))) as batches:
-        for batch in _counted(batches, "writing", progress, len):
-            for target, count in zip(targets, counts, strict=True):
-                add(target, batch, count)
+    if any(copy.changes for copy in copies):
+        with prefetched(_batches(_groups(sources, scope))) as batches:
+            for batch in _counted(batches, "writing", progress, len):
+                for copy in copies:
+                    add(copy.target, copy.missing(batch), copy.counts)
+    else:
+        for copy in copies:
+            copy.counts.questions = copy.counts.same = questions
     _add_sums(sources, targets)
-    return counts
+    return [copy.counts for copy in copies]
+
+
+_Group = list[tuple[int, Entry]]
+"""What the sources hold of one question; each entry with the number of its source."""
+
+
+class _Copy:
+    """What a target gets.
+
+    Args:
+        target: the store.
+        sources: the stores and bundles; the target may be one of them.
+
+    Attributes:
+        is_source: whether the target is one of the sources.
+        changes: whether anything has to be written, as far as was looked.
+        counts: what was written.
+    """
+
+    def __init__(self, target: Store, sources: Sequence[Store | Bundle]) -> None:
+        self.target = target
+        self.changes = False
+        self.counts = Counts()
+        self._place = next((place for place, source in enumerate(sources) if source is target), -1)
+        self.is_source = self._place >= 0
+
+    def held(self, batch: Sequence[_Group]) -> dict[str, Entry]:
+        """Return by key what the target holds of some questions; if it is a source, nothing is read again."""
+        if self.is_source:
+            return {entry.key: entry for group in batch for place, entry in group if place == self._place}
+        return {entry.key: entry for entry in self.target.entries_of([group[0][1].key for group in batch])}
+
+    def missing(self, batch: Sequence[_Group]) -> list[list[Entry]]:
+        """Return what may have to be added of each question."""
+        if not self.is_source:
+            return [[entry for _, entry in group] for group in batch]
+        held = self.held(batch)
+        return [
+            [entry for _, entry in group if entry is not (own := held.get(entry.key)) and _adds(own, entry)]
+            for group in batch
+        ]
+
+
+def _adds(ours: Entry | None, theirs: Entry) -> bool:
+    """Return True if an entry adds anything to what a store holds, or contradicts it."""
+    found = addition(ours, theirs)
+    return found.changes or found.refused
 
 
 def _add_sums(sources: Sequence[Store | Bundle], targets: Sequence[Store]) -> None:
@@ -289,28 +341,42 @@ def _add_sums(sources: Sequence[Store | Bundle], targets: Sequence[Store]) -> No
                     target.apply_and_wait(some)  # type: ignore[attr-defined]  # all that is opened here has it
 
 
-def _check(targets: Sequence[Store], batch: list[list[Entry]], conflicts: _Conflicts) -> None:
-    """Note what of a batch contradicts what the targets hold, or itself."""
-    keys = [group[0].key for group in batch]
-    held = [{entry.key: entry for entry in target.entries_of(keys)} for target in targets]
-    for key, group in zip(keys, batch, strict=True):
-        whole, *others = *[each[key] for each in held if key in each], *group
+def _check(copies: Sequence[_Copy], batch: list[_Group], conflicts: _Conflicts) -> None:
+    """Note what of a batch contradicts what the targets hold, or itself; and whether it changes a target."""
+    held = [copy.held(batch) for copy in copies]
+    for group in batch:
+        entries = [entry for _, entry in group]
+        for copy, each in zip(copies, held, strict=True):
+            own = each.get(entries[-1].key)
+            copy.changes = copy.changes or any(entry is not own and _adds(own, entry) for _, entry in group)
+            if own is not None and not copy.is_source:
+                entries.insert(0, own)
+        whole, *others = entries
         for entry in others:
-            found = joined(whole, entry)
-            if found is None:
-                conflicts.add(entry, addition(whole, entry))
-            else:
-                whole = found
+            found = addition(whole, entry)
+            if found.refused:
+                conflicts.add(entry, found)
+            elif entry is not others[-1]:
+                whole = joined(whole, entry) or whole
 
 
-def _groups(sources: Sequence[Store | Bundle], scope: Scopes | None) -> Iterator[list[Entry]]:
+def _groups(sources: Sequence[Store | Bundle], scope: Scopes | None) -> Iterator[_Group]:
     """Iterate over what the sources hold of each question."""
-    streams = [_rescoped(_all(source), scope) for source in sources]
+    streams = [_numbered(place, _rescoped(_all(source), scope)) for place, source in enumerate(sources)]
     if len(streams) == 1 and scope is None:
         yield from ([entry] for entry in streams[0])
         return
-    for _, group in itertools.groupby(in_key_order(*streams, key=attrgetter("key")), attrgetter("key")):
+    for _, group in itertools.groupby(in_key_order(*streams, key=_key), _key):
         yield list(group)
+
+
+def _numbered(place: int, entries: Iterator[Entry]) -> Iterator[tuple[int, Entry]]:
+    """Iterate over the entries of a source, with its number."""
+    return zip(itertools.repeat(place), entries)
+
+
+def _key(entry: tuple[int, Entry]) -> str:
+    return entry[1].key
 
 
 def _rescoped(entries: Iterator[Entry], scope: Scopes | None) -> Iterator[Entry]:
@@ -322,13 +388,13 @@ def _rescoped(entries: Iterator[Entry], scope: Scopes | None) -> Iterator[Entry]
         yield entry if new is None else rescoped(entry, new, digest(new, entry.document))
 
 
-def _batches(groups: Iterator[list[Entry]]) -> Iterator[list[list[Entry]]]:
+def _batches(groups: Iterable[_Group]) -> Iterator[list[_Group]]:
     """Iterate over groups of entries that are written together."""
-    batch: list[list[Entry]] = []
+    batch: list[_Group] = []
     size = 0
     for group in groups:
         batch.append(group)
-        size += sum([len(sample.payload) for entry in group for sample in entry.samples])
+        size += sum([len(sample.payload) for _, entry in group for sample in entry.samples])
         if len(batch) >= _BATCH or size >= _BYTES:
             yield batch
             batch, size = [], 0
@@ -336,8 +402,8 @@ def _batches(groups: Iterator[list[Entry]]) -> Iterator[list[list[Entry]]]:
         yield batch
 
 
-def add(target: Store, batch: list[list[Entry]], counts: Counts) -> None:
-    """Add entries to a store in one transaction."""
+def add(target: Store, batch: Sequence[Sequence[Entry]], counts: Counts) -> None:
+    """Add the entries of some questions to a store in one transaction."""
     # First one entry of each question, then the next one of each: a store adds those of different questions
     # together.
     rounds = itertools.zip_longest(*batch)
@@ -345,7 +411,7 @@ def add(target: Store, batch: list[list[Entry]], counts: Counts) -> None:
     apply: Any = target.apply_and_wait  # type: ignore[attr-defined]  # all that is opened here has it
     changed: set[str] = set()
     new: set[str] = set()
-    for adopt, result in zip(adopts, apply(adopts), strict=True):
+    for adopt, result in zip(adopts, apply(adopts) if adopts else (), strict=True):
         if result.different or result.altered:
             raise StoreError(
                 f"the cache was changed meanwhile, and now contradicts what is added of {adopt.key}. What "
@@ -376,9 +442,8 @@ def unpacked(path: str | os.PathLike[str], *, progress: Progress = _unseen) -> I
     """
     with contextlib.closing(Bundle(path)) as bundle, scratch_folder() as folder:
         with contextlib.closing(DiskStore(folder)) as store:
-            batches = _batches([entry] for entry in bundle.entries())
-            for batch in _counted(batches, "unpacking", progress, len):
-                add(store, batch, Counts())
+            for batch in _counted(_batches(_groups([bundle], None)), "unpacking", progress, len):
+                add(store, [[entry for _, entry in group] for group in batch], Counts())
         with contextlib.closing(_UnpackedBundle(folder, read_only=True)) as unpacked:
             unpacked.bundle = bundle.path
             yield unpacked

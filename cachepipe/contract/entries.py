@@ -78,7 +78,7 @@ class Entry:
         samples: its samples, in order (see `ordered`).
         draws: the segments of each of its draws, in order of writing.
         users: the labels of the namespaces that use its shared draw.
-        used: the indices of the store that no other sample may get; empty if the entry was read to be copied.
+        used: the indices of the store that no other sample may get; None if the entry was read to be copied.
     """
 
     key: str
@@ -87,7 +87,7 @@ class Entry:
     samples: list[EntrySample] = field(default_factory=list)
     draws: dict[Draw, list[EntrySegment]] = field(default_factory=dict)
     users: list[str] = field(default_factory=list)
-    used: IntervalSet = field(default_factory=IntervalSet)
+    used: IntervalSet | None = None
 
     def sliced(self, labels: Collection[str] | None = None) -> Entry | None:
         """Return what another cache gets: what replays some namespaces, or all; None if that is nothing.
@@ -98,6 +98,8 @@ class Entry:
             labels: the labels of the namespaces; None for all, and for samples that nobody has drawn.
         """
         users, draws, samples = self.users, {}, self.samples
+        if labels is None and self.used is None and all(map(_is_settled, self.draws.values())):
+            return self if self.draws or samples else None
         if labels is not None:
             users = [label for label in users if label in labels]
         for draw, segments in self.draws.items():
@@ -122,6 +124,11 @@ def ordered(samples: Iterable[EntrySample]) -> list[EntrySample]:
     if len(found) > 1:
         found.sort(key=lambda sample: (sample.origin, sample.id))
     return found
+
+
+def _is_settled(segments: Sequence[EntrySegment]) -> bool:
+    """Return True if a draw has segments, and the last one is not one that may be undone."""
+    return bool(segments) and (not segments[-1].samples or any(segments[-1].samples))
 
 
 def _without_open_end(segments: Sequence[EntrySegment]) -> list[EntrySegment]:
@@ -155,6 +162,11 @@ class Addition(NamedTuple):
     def refused(self) -> bool:
         """Whether the entry contradicts the store."""
         return bool(self.different or self.altered)
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is added."""
+        return bool(self.samples or self.segments or self.users)
 
 
 def addition(ours: Entry | None, theirs: Entry) -> Addition:
@@ -198,7 +210,7 @@ def _placed(
     users: Sequence[str],
 ) -> Addition:
     """Return what is added to an entry, or to a store without one, with the indices of the store."""
-    used = IntervalSet(() if ours is None else ours.used)
+    used = IntervalSet(() if ours is None else ours.used or ())
     indices = _numbered(samples, used)
     new = [(indices[sample.id], sample) for sample in samples]
     if ours is not None:
@@ -221,7 +233,7 @@ def joined(ours: Entry | None, theirs: Entry) -> Entry | None:
         ours = Entry(theirs.key, theirs.scope, theirs.document)
     samples = [*ours.samples, *(sample._replace(index=index) for index, sample in add.samples)]
     draws = {draw: list(segments) for draw, segments in ours.draws.items()}
-    used = IntervalSet(ours.used)
+    used = IntervalSet(ours.used or ())
     for index, _ in add.samples:
         used.add(index)
     for (draw, added), (_, rows) in zip(add.continues, add.segments, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sqlite3
 from collections.abc import Collection, Iterator, Sequence
@@ -46,6 +47,22 @@ _LISTED: Final = (
     " AND i.key = j.value ORDER BY j.key, i.stop"
 )
 _TOGETHER: Final = 128  # questions whose rows one statement reads
+
+
+@contextlib.contextmanager
+def unmapped(*connections: sqlite3.Connection) -> Iterator[None]:
+    """Read without mapping files into memory, as all of a large file would be resident in each thread."""
+    query = "PRAGMA main.mmap_size"
+    sizes = [connection.execute(query).fetchone() for connection in connections]
+    for connection in connections:
+        connection.execute(f"{query} = 0")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(sqlite3.ProgrammingError):  # the store was closed meanwhile
+            for connection, size in zip(connections, sizes, strict=True):
+                if size is not None:  # a database in memory has no size
+                    connection.execute(f"{query} = {size[0]}")
 
 
 def of_keys(ledger: sqlite3.Connection, shelf: sqlite3.Connection, keys: Sequence[str]) -> Iterator[Entry]:
@@ -100,7 +117,7 @@ def _entries(
                     found.append(sample)
         names = {sample.index: sample.id for sample in found}
         rows = segments.of(place)
-        used = IntervalSet()
+        used = None
         if sets:
             used = IntervalSet((start, stop) for _, start, stop in listed.of(place))
             for index in itertools.chain(names, (index for row in rows for index in tables.unpack(row[7]))):

@@ -391,7 +391,7 @@ def _adopt_keys(ledger: Ledger, entries: Sequence[Entry]) -> list[Adopted]:
 
 def _adopt(ledger: Ledger, entry: Entry, add: Addition, *, new: bool) -> Adopted:
     """Add what an entry has beyond its samples."""
-    changes = bool(add.samples or add.segments or add.users)
+    changes = add.changes
     if changes:
         ledger.extend(entry, add)
         for index, sample in add.samples:

@@ -521,7 +521,8 @@ class SqlReader:
     def entries_of(self, keys: Sequence[str]) -> Iterator[Entry]:
         """Iterate over the entries of the keys that are known, in their order."""
         ledger, shelf = self._readable()
-        yield from entries.of_keys(ledger, shelf, keys)
+        with entries.unmapped(ledger, shelf):
+            yield from entries.of_keys(ledger, shelf, keys)
 
     @_reads
     def entries(self, namespaces: Collection[str] | None = None, *, after: str = "") -> Iterator[Entry]:
@@ -532,7 +533,8 @@ class SqlReader:
             after: only keys after this one.
         """
         ledger, shelf = self._readable()
-        yield from entries.entries(ledger, shelf, namespaces, after)
+        with entries.unmapped(ledger, shelf):
+            yield from entries.entries(ledger, shelf, namespaces, after)
 
     @_reads
     def removals(self) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,9 @@ is read.
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
+import re
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -203,6 +205,9 @@ PUT_DISCARDED = PUT.replace(
     "DO NOTHING", f"DO UPDATE SET mode = {RAW}, filename = NULL, value = excluded.value, expire_time = NULL"
 )
 
+_INSERTED = 100  # rows that one statement inserts
+_VALUES = re.compile(r"VALUES(\([^()]*\))")
+
 _LIVE = b"+"
 _GONE = b"-"
 _BODY = 17  # bytes of a sample's row before its header: its state, and the digest
@@ -211,6 +216,26 @@ _HEADER = b'{"id":"'
 
 UNREADABLE = (sqlite3.Error, UnicodeDecodeError)
 """What reading a damaged file raises. SQLite's message may quote bytes of the file that are not UTF-8."""
+
+
+def insert(connection: sqlite3.Connection, query: str, rows: Sequence[Sequence[Any]]) -> int:
+    """Insert rows; return how many were new.
+
+    A statement inserts many rows: other threads of Python run meanwhile, and are not waited for after each.
+    """
+    new = 0
+    end = len(rows) - len(rows) % _INSERTED
+    for at in range(0, end, _INSERTED):
+        values = [value for row in rows[at : at + _INSERTED] for value in row]
+        new += connection.execute(_of_many(query), values).rowcount
+    return new + connection.executemany(query, rows[end:]).rowcount if end < len(rows) else new
+
+
+@functools.cache
+def _of_many(query: str) -> str:
+    """Return the statement that inserts many rows, from the one that inserts one."""
+    before, values, after = _VALUES.split(query, 1)
+    return f"{before}VALUES{', '.join([values] * _INSERTED)}{after}"
 
 
 def locked(error: sqlite3.OperationalError) -> bool:

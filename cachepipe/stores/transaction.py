@@ -281,7 +281,7 @@ class SqlLedger(Ledger):
         for key, sample in samples:
             name = f"{key}/{sample.index}"
             rows.append((name, self.now, self.now, tables.sample_row(name, sample)))
-        put = self.shelf.executemany(tables.PUT, rows).rowcount
+        put = tables.insert(self.shelf, tables.PUT, rows)
         if put != len(samples):
             self.shelf.execute("ROLLBACK")
             return False
@@ -476,7 +476,7 @@ class SqlLedger(Ledger):
         """Write what is gathered, so that statements see it."""
         for query, rows in self._gathered:
             if rows:
-                self.ledger.executemany(query, rows)
+                tables.insert(self.ledger, query, rows)
                 rows.clear()
         self._new_keys.clear()
         self.begun.clear()
@@ -501,7 +501,7 @@ class SqlLedger(Ledger):
         if gone:
             self.ledger.executemany(tables.DROP_INTERVAL, gone)
         if new:
-            self.ledger.executemany(tables.PUT_INTERVAL, new)
+            tables.insert(self.ledger, tables.PUT_INTERVAL, new)
 
     # Interned ids.
 
