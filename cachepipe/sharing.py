@@ -32,7 +32,7 @@ from cachepipe.stores.bundles.writer import Writer
 from cachepipe.stores.layers import entries_of_all
 from cachepipe.stores.scratch import scratch_folder
 
-_BATCH: Final = 500  # entries that are written in one transaction
+_BATCH: Final = 1000  # entries that are written in one transaction
 _BYTES: Final = 8 << 20  # bytes of their samples
 _SHOWN: Final = 20  # conflicts that an error names
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -30,6 +30,7 @@ _NEWLINE: Final = orjson.OPT_APPEND_NEWLINE
 _MOST: Final = 1 << 53  # numbers below it are the same in every reader of JSON
 _OURS: Final = f"{keys.FORMAT}-"
 _ID: Final = re.compile(r"[!#-\[\]-~]{1,200}")  # without quotes and backslashes
+_NAMES: Final = {str, type(None)}
 _KEY: Final = re.compile(r"k[0-9]+-[0-9a-f]{64}")
 
 
@@ -234,7 +235,7 @@ def _draw(line: dict[str, Any], key: str, *, checked: bool) -> tuple[Draw, list[
         for position, names, stamp, generated, place, _ in segments:
             _check_numbers(position, stamp, generated, *(place or ()))
             _check(position <= length, "a segment begins after the end of the draw")
-            _check(all(name is None or type(name) is str for name in names), "it has other things than ids")
+            _check({*map(type, names)} <= _NAMES, "it has other things than ids")
             _check(generated <= len(names), "more samples generated than drawn")
             length = max(length, position + len(names))
     return draw, segments
@@ -244,22 +245,33 @@ def _complete(entry: Entry) -> Entry:
     """Return an entry whose samples and draws fit together."""
     samples, draws = entry.samples, entry.draws
     known = {sample.id for sample in samples}
-    _check(len(known) == len(samples), "two samples have one id")
-    _check(samples == ordered(samples), "the samples are not in order")
+    if len(samples) > 1:
+        _check(len(known) == len(samples), "two samples have one id")
+        _check(samples == ordered(samples), "the samples are not in order")
     _check(len(draws) < 2 or list(draws) == sorted(draws), "the draws are not in order")
-    taken: dict[str, set[str]] = {}
+    taken: dict[str, set[str | None]] = {}
     for draw, segments in draws.items():
-        mine: set[str] = set()
+        mine: set[str | None] = set()
         for segment in segments:
-            names = [name for name in segment.samples if name is not None]
-            new = {*names}
-            _check(len(new) == len(names), "a draw has a sample twice")
-            mine |= new
+            names = {*segment.samples}
+            _check(
+                len(names) == len(segment.samples) or not _repeats(segment.samples),
+                "a draw has a sample twice",
+            )
+            mine |= names
+        mine.discard(None)
         _check(mine <= known, "a draw has a sample that is not there")
-        others = taken.setdefault(draw.namespace, set())
-        _check(others.isdisjoint(mine), "two draws of a namespace share a sample")
-        others |= mine
+        others = taken.setdefault(draw.namespace, mine)
+        if others is not mine:
+            _check(others.isdisjoint(mine), "two draws of a namespace share a sample")
+            others |= mine
     return entry
+
+
+def _repeats(names: Sequence[str | None]) -> bool:
+    """Return True if a sample is named twice; any number of samples may be missing."""
+    there = [name for name in names if name is not None]
+    return len({*there}) < len(there)
 
 
 def _check(holds: bool, what: str) -> None:
