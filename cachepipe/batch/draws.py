@@ -23,6 +23,7 @@ from cachepipe.typedefs import Response
 from cachepipe.wire import Ask
 
 _NOWHERE: Final = ""  # the scope under which a line's questions are counted
+_COUNTED: Final = 10_000  # identities of a file whose occurrences are kept in memory
 
 
 class LineDraw(NamedTuple):
@@ -139,7 +140,7 @@ class FileDraws:
         )
         self._lists = Lists(shared=True)
         # The run gives the numbers of failed requests back, so the lines are counted here.
-        self._counted = runs.Occurrences()
+        self._counted = runs.Occurrences(_COUNTED)
         report.spent = model.spent
 
     def draws(self, line: Line) -> Iterator[LineDraw]:

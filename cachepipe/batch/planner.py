@@ -42,7 +42,7 @@ from cachepipe.stores.misses import unlike
 from cachepipe.wire import Ask
 
 _TOGETHER: Final = 256  # draws that the store is asked about at once
-_KEPT: Final = 10_000  # keys with planned samples in memory
+_KEPT: Final = 2000  # keys with planned samples in memory
 _LEARNT: Final = 1000  # stored answers of a model from which its estimates are corrected
 _LOOKED_AT: Final = 10  # new questions that are compared with stored ones
 
