@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 
+import forked
 import pytest
 
 import cachepipe
@@ -326,9 +327,7 @@ asyncio.run(main())
 
 
 def began(folder, how):
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder), how], stdout=subprocess.PIPE, text=True
-    )
+    return forked.Popen([sys.executable, "-c", SCRIPT, str(folder), how], stdout=subprocess.PIPE, text=True)
 
 
 async def test_c6_a_kill_loses_nothing_of_what_was_spent(tmp_path):

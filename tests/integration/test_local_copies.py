@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import forked
 import pytest
 from valkeys import ValkeyNode
 
@@ -59,7 +60,7 @@ def known(store):
 @pytest.mark.filterwarnings("ignore::cachepipe.SharedDraw")  # the leases of the killed may not have ended yet
 def test_workers_that_are_killed_while_they_copy_leave_a_copy_that_is_right(url):
     for seen in (10, 150, 60):
-        worker = subprocess.Popen(
+        worker = forked.Popen(
             [sys.executable, "-c", WORKER, url, str(seen)], stdout=subprocess.PIPE, text=True
         )
         for line in worker.stdout:
@@ -116,7 +117,7 @@ if not child:
 assert os.waitpid(child, 0)[1] == 0
 ask()
 """
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", text, url], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import forked
 import pytest
 from valkey import exceptions
 from valkeys import ValkeyNode
@@ -287,7 +288,7 @@ asyncio.run(main())
 
 def test_c6_what_a_program_has_not_closed_is_written_when_it_ends(start):
     server = start()
-    subprocess.run([sys.executable, "-W", "error", "-c", UNCLOSED, server.url()], check=True, timeout=60)
+    forked.run([sys.executable, "-W", "error", "-c", UNCLOSED, server.url()], check=True, timeout=60)
     store, _ = open_store(server.url(), read_only=True)
     assert [noted.sums.delivered.requests for noted in store.sums()] == [1]
     assert store.totals()["samples"] == 2

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import forked
 import pytest
 from profiles import sized
 
@@ -271,7 +271,7 @@ def test_a_rerun_in_a_new_process_asks_nothing(server, tmp_path):
     assert server.stats.requests == 3
     for namespace in sized(["a"], ["a", "b"]):  # a process takes a second, most of it for imports
         words = [sys.executable, "-c", PROGRAM, server.url, str(tmp_path / "cache"), namespace]
-        said = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
+        said = forked.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
         again, end = map(json.loads, said.splitlines())
         assert again["choices"] == whole.to_dict()["choices"]
         assert (end["choices"], end["x_groq"]) == (last.to_dict()["choices"], last.to_dict()["x_groq"])

@@ -7,12 +7,12 @@ import contextlib
 import copy
 import inspect
 import json
-import subprocess
 import sys
 import threading
 import warnings
 from types import SimpleNamespace
 
+import forked
 import huggingface_hub
 import numpy as np
 import pytest
@@ -441,7 +441,7 @@ if __name__ == "__main__":
     first = await asyncio.to_thread(names["results"], server.url, str(folder))
     assert server.stats.requests == 3
     command = [sys.executable, "-W", "error", "-c", code, server.url, str(folder)]
-    again = await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True, text=True)
+    again = await asyncio.to_thread(forked.run, command, check=True, capture_output=True, text=True)
     assert again.stdout.strip() == first
     assert server.stats.requests == 3
     for file in folder.rglob("*"):
