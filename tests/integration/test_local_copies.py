@@ -167,15 +167,13 @@ def test_copies_do_not_mix_with_a_valkey_server_that_takes_the_data_of_another_o
     first, second = (server.client() for server in servers)
     asyncio.run(answers(servers[0].url(), 3))
     second.replicaof("127.0.0.1", servers[0].port)
-    while second.info("replication").get("master_link_status") != "up":
-        pass
+    servers[1].wait_until_in_step()
     second.replicaof("NO", "ONE")
     asyncio.run(answers(servers[0].url(), 6))
     store, _ = open_store(servers[0].url())
     assert known(store) == (6, 6)
     first.replicaof("127.0.0.1", servers[1].port)
-    while first.info("replication").get("master_link_status") != "up":
-        pass
+    servers[0].wait_until_in_step()
     first.replicaof("NO", "ONE")
     assert known(store) == (3, 0)
     store.close()

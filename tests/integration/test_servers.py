@@ -161,9 +161,8 @@ def test_a_replica_that_takes_over_names_the_history_that_it_continues(start, tm
     replica = ValkeyNode(tmp_path / "replica", replicaof=f"127.0.0.1 {primary.port}")
     store, _ = open_store(primary.url())
     [before] = store.session.engine.servers()
+    replica.wait_until_in_step()
     with replica.client() as client:
-        while client.info("replication")["master_link_status"] != "up":
-            pass
         client.replicaof("NO", "ONE")
     store.close()
     other, _ = open_store(replica.url())
