@@ -502,7 +502,7 @@ class _Rows(DrawRows):
                 holders.update(current(lease) for _, lease, _ in row.holders)
                 for segment in row.segments.values():
                     makers.add(current(segment.lease))
-                    if segment.token is not None and segment.standing < len(segment.indices):
+                    if segment.token is not None:
                         holders.add(current(segment.lease))
         return holders, makers
 
