@@ -762,8 +762,9 @@ class StoredDraw(DrawView):
         row = known.get(name)
         self.segments = []
         if row is not None:
-            content = rows.unpack(draw.key, name, row)
-            self.segments += _load_draw(process, draw.key, name, content).segments.values()
+            self.segments = DrawRow.segments_in(draw.key, name, rows.unpack(draw.key, name, row))
+            for segment in self.segments:
+                process.see(segment.stamp)
 
     def sample(self, index: int) -> Sample | Discarded | None:
         """Return the sample at an index, `DISCARDED`, or None."""
