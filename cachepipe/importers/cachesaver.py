@@ -64,8 +64,6 @@ _LATEST: Final = 1 << 33
 _codec = Codec()
 
 
-_TOGETHER: Final = "https://api-inference.together.ai/v1/chat/completions"  # where its client sends chats
-
 _Hash = Callable[[Request], str]
 
 
@@ -446,8 +444,6 @@ def _answers(package: str, asked: _Asked, found: Sequence[Any], known: _Known) -
             f"its request cannot be answered from a cache: {asks[0].reason or 'it asks several questions'}"
         )
     url = model.connection.scope_of(model.endpoint, body.get("model"))
-    if package == "together" and not os.environ.get("TOGETHER_BASE_URL"):
-        url = _TOGETHER
     headers = {**model.connection.headers, **(kwargs.get("extra_headers") or {})}
     (question,) = questions_of(api, asks, url, headers, scope=asked.scope)
     kept = packed(
