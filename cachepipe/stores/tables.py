@@ -199,7 +199,7 @@ SAMPLES = (
     "SELECT j.value, c.mode, c.filename, c.value FROM json_each(?) j"
     " CROSS JOIN Cache c ON c.key = j.value AND c.raw = 1"
 )
-PUT_DISCARDED = PUT.replace(
+PUT_ANYWAY = PUT.replace(
     "DO NOTHING", f"DO UPDATE SET mode = {RAW}, filename = NULL, value = excluded.value, expire_time = NULL"
 )
 
