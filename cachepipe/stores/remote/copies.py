@@ -377,6 +377,17 @@ class Copies:
         with self._transaction() as connection:
             self._apply(connection, changes)
 
+    def changed(self, key: str) -> int:
+        """Return the number of the last change of a key that the file knows; 0 if it knows none.
+
+        Raises:
+            Unusable: when the file cannot be read.
+        """
+        name = xxh3_64_intdigest(rows.encoded(key)) - _HALF
+        with _ours(), self._lock:
+            found = self._opened()[0].execute(_CURRENT, (name,)).fetchone()
+        return 0 if found is None else int(found[0])
+
     @staticmethod
     def _apply(connection: sqlite3.Connection, changes: Iterable[tuple[int, str]]) -> None:
         for number, key in changes:
