@@ -196,6 +196,15 @@ _MOST_ITEMS = 10_000
 _MOST_COPIED = 16 << 20
 """The largest number of characters that the questions of one list may repeat, in total."""
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
+_ONE_API = MappingProxyType(
+    {
+        # Together's SDK sends chats to the first host, and all else to the second one. Older versions of it
+        # send everything to api.together.xyz, which is also the host that tables of prices know.
+        "api-inference.together.ai": "api.together.xyz",
+        "api.together.ai": "api.together.xyz",
+    }
+)
+"""Hosts of one API that a provider has under several names, with the name that stands in keys."""
 
 
 class Ask(NamedTuple):
@@ -693,9 +702,9 @@ def scope_of(url: str) -> str:
 
     A URL of a replay's proxy stands for that of the provider. Scheme and host are in lower case. The default
     port, the fragment, repeated and trailing slashes, user name and password, and query parameters with
-    credentials (``api-key``, ``sig`` …) are left out. The rest of the query is unchanged. Methods of Gemini's
-    and routes of Hugging Face's servers that ask the same have one URL, without the parameters that decide
-    how an answer is written.
+    credentials (``api-key``, ``sig`` …) are left out. The rest of the query is unchanged. If a provider has
+    one API on several hosts, they have one URL. So have methods of Gemini's and routes of Hugging Face's
+    servers that ask the same, without the parameters that decide how an answer is written.
 
     Raises:
         BadRequest: when the URL is not absolute.
@@ -716,6 +725,7 @@ def scope_of(url: str) -> str:
         .removesuffix(f":{_DEFAULT_PORTS.get(scheme)}")
         .removesuffix(":")
     )
+    host = _ONE_API.get(host, host)
     path = re.sub("/{2,}", "/", parts.path).rstrip("/")
     left_out = _SECRET_PARAMETERS
     start, _, method = path.rpartition(":")

@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 
+import cachepipe
 from cachepipe import Batch, OnlineAPI, Request
 from cachepipe.contract.draws import SHARED, Draw, label
 from cachepipe.contract.intervals import IntervalSet
@@ -154,6 +155,32 @@ def test_a_rerun_of_a_worker_makes_no_round_trip_for_known_draws(engine, start, 
     begin_run(again)
     count, same = asyncio.run(run(again, ScriptedModel()))
     assert same == data
+    assert count <= 2, "it asks for changes once, and which processes are alive"
+
+
+def test_a_run_that_begins_while_a_loop_is_busy_asks_for_changes_and_not_for_draws(
+    engine, start, monkeypatch
+):
+    def read_soon(reads, then):
+        asyncio.get_running_loop().call_soon(then, engine.read(reads))
+        return True
+
+    monkeypatch.setattr(engine, "read_soon", read_soon)
+    requests = [Request(f"p{number}") for number in range(20)]
+
+    async def main():
+        store = start()
+        async with OnlineAPI(ScriptedModel(), store, ordered=False) as pipeline:
+            await pipeline.batch_request(Batch(requests))
+            store.session.local.follow()
+            store.session.expects_new = False  # as after known draws that were not copied
+            with cachepipe.run():
+                before = engine.trips
+                responses = [await pipeline.request(request) for request in requests]
+                return engine.trips - before, [response.cached for response in responses]
+
+    count, cached = asyncio.run(main())
+    assert cached == [[True]] * 20
     assert count <= 2, "it asks for changes once, and which processes are alive"
 
 

@@ -502,7 +502,7 @@ class _Rows(DrawRows):
                 holders.update(current(lease) for _, lease, _ in row.holders)
                 for segment in row.segments.values():
                     makers.add(current(segment.lease))
-                    if segment.token is not None and segment.standing < len(segment.indices):
+                    if segment.token is not None:
                         holders.add(current(segment.lease))
         return holders, makers
 
@@ -762,8 +762,9 @@ class StoredDraw(DrawView):
         row = known.get(name)
         self.segments = []
         if row is not None:
-            content = rows.unpack(draw.key, name, row)
-            self.segments += _load_draw(process, draw.key, name, content).segments.values()
+            self.segments = DrawRow.segments_in(draw.key, name, rows.unpack(draw.key, name, row))
+            for segment in self.segments:
+                process.see(segment.stamp)
 
     def sample(self, index: int) -> Sample | Discarded | None:
         """Return the sample at an index, `DISCARDED`, or None."""

@@ -96,6 +96,10 @@ class _State(NamedTuple):
     generation: int
 
 
+_FAULTS: Final = (sqlite3.Error, OSError, StoreError, TypeError, ValueError)
+"""What a file raises that cannot be used."""
+
+
 class Unusable(Exception):  # noqa: N818 - says what the file is
     """The file cannot be used; the message says why.
 
@@ -266,8 +270,11 @@ class Copies:
         """
         key = rows.encoded(draw.key)
         place = xxh3_64_intdigest(b"%b\0%b" % (key, name)) - _HALF
-        with _ours(), self._lock:
-            found = self._opened()[0].execute(_GET, (place,)).fetchone()
+        try:  # what `_ours` does, in a fraction of its time
+            with self._lock:
+                found = self._opened()[0].execute(_GET, (place,)).fetchone()
+        except _FAULTS as error:
+            raise _unusable(error) from error
         if found is None or found[0] != xxh3_64_intdigest(key) - _HALF:
             return None
         if type(found[1]) is int and found[1] < time.time() - _USED:
@@ -407,7 +414,7 @@ def _ours() -> Iterator[None]:
     """Raise our error for those of a file."""
     try:
         yield
-    except (sqlite3.Error, OSError, StoreError, TypeError, ValueError) as error:
+    except _FAULTS as error:
         raise _unusable(error) from error
 
 

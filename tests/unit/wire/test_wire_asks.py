@@ -428,6 +428,13 @@ def test_headers_that_change_the_answer_are_part_of_the_document_and_others_are_
         ),
         ("https://host/x?key=secret", "https://host/x"),
         ("https://host/x?api%2Dkey=secret&b=2&a=1", "https://host/x?b=2&a=1"),
+        ("https://api.together.ai:443/v1/embeddings", "https://api.together.xyz/v1/embeddings"),
+        (
+            "https://API-inference.together.ai/v1/chat/completions",
+            "https://api.together.xyz/v1/chat/completions",
+        ),
+        ("https://api.together.ai.example.com/v1", "https://api.together.ai.example.com/v1"),
+        ("https://api.together.ai:8443/v1", "https://api.together.ai:8443/v1"),
     ],
 )
 def test_a_scope_is_the_endpoint_in_one_spelling_without_credentials(url, scope):
