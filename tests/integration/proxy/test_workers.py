@@ -18,9 +18,6 @@ import pytest
 
 from cachepipe.testing import MockServer
 
-pytestmark = pytest.mark.skipif(
-    not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="finds workers in /proc"
-)
 WORKERS = 3
 
 
@@ -314,6 +311,7 @@ def test_workers_that_cannot_open_the_cache_say_so(tmp_path):
     ]
     done = subprocess.run(
         [sys.executable, "-m", "cachepipe", *command],
+        check=False,
         cwd=tmp_path,
         capture_output=True,
         text=True,
