@@ -129,8 +129,8 @@ class Copies:
     Args:
         folder: the folder of the file; it is made.
         identity: identifies the store.
-        megabytes: the size of the file from which on the copies that were used longest ago are deleted. If all
-            files of the folder together are larger, those of other stores are deleted when this one is opened.
+        megabytes: the size of the file from which on the copies that were used longest ago are deleted. If
+            all files of the folder are larger, opening this one deletes those of other stores.
 
     Raises:
         Unusable: when the file cannot be opened or made.
@@ -176,7 +176,7 @@ class Copies:
     def _latest(self) -> int:
         """Return the number of the latest file: one that is damaged is replaced by one with another name."""
         found = [match for path in self._folder.iterdir() if (match := _FILE.fullmatch(path.name))]
-        return max([int(number) for name, number in map(re.Match.groups, found) if name == self._name], default=0)
+        return max([int(match[2]) for match in found if match[1] == self._name], default=0)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{self._name}-{number}.db"
