@@ -758,9 +758,10 @@ class _Transaction:
         Without it, machines that have learnt of the removal would take the new rows for those before it.
         """
         local = self._session.local
-        for book in books if local is not None else ():
-            if number := local.changed(book.name):
-                book.announced(number)
+        if local is not None:
+            for book in books:
+                if number := local.changed(book.name):
+                    book.announced(number)
 
     def _again(self, book: Book) -> tuple[Book, Swap] | None:
         """Decide again on current rows; return what is to be swapped, or None if that is nothing."""
