@@ -367,6 +367,11 @@ class Book:
         before = DrawRow.loads(self.name, name, rows.unpack(self.name, name, row))
         return not answers_alike([*before.segments.values()], [*self.draw(draw).segments.values()])
 
+    @property
+    def begins(self) -> bool:
+        """Whether the question is asked for the first time, or anew after it was deleted."""
+        return rows.KNOWN in self._puts and self.known.get(rows.KNOWN) is None
+
     def announced(self, number: int) -> None:
         """Note the number of the change that the swap makes."""
         self.put(rows.CHANGED, rows.dump_change(number))
@@ -547,7 +552,7 @@ class _Rows(DrawRows):
                 holders.update(current(lease) for _, lease, _ in row.holders)
                 for segment in row.segments.values():
                     makers.add(current(segment.lease))
-                    if segment.token is not None and segment.standing < len(segment.indices):
+                    if segment.token is not None:
                         holders.add(current(segment.lease))
         return holders, makers
 
