@@ -9,6 +9,7 @@ is listed and free, else the lowest listed free index, else a new one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 from cachepipe.contract.intervals import IndexSet, MutableIndexSet
@@ -49,6 +50,10 @@ class Segment(NamedTuple):
     def claim(self) -> tuple[int, str | None, int]:
         """Equal for the segments that one claim has added."""
         return self.lease, self.token, self.stamp
+
+
+_LAID = attrgetter("position", "indices")
+"""What `laid` needs of a segment."""
 
 
 class KeyView(Protocol):
@@ -243,7 +248,7 @@ def laid(segments: Iterable[tuple[int, Sequence[int]]]) -> list[int]:
 
 def indices_of(segments: Iterable[Segment]) -> list[int]:
     """Return a draw's indices by position; see ``laid``."""
-    return laid((segment.position, segment.indices) for segment in segments)
+    return laid(map(_LAID, segments))
 
 
 def noted_place(segments: Iterable[Segment], n: int) -> Place | None:

@@ -98,7 +98,7 @@ class KeyRows(ABC):
 
     @abstractmethod
     def makers(self, namespace: str) -> tuple[set[int], set[int]]:
-        """Return the leases that hold unfinished draws of a namespace, and those that made its draws."""
+        """Return the leases of claimants that hold parts of a namespace's draws, and those that made them."""
 
     @abstractmethod
     def withdraw(self, namespace: str) -> None:
@@ -249,8 +249,8 @@ class Ledger(ABC):
         return self.draw(draw)
 
     @abstractmethod
-    def put(self, samples: Sequence[tuple[str, Sample]]) -> bool:
-        """Store samples with their keys, durably; return False, and store none, if an index has one."""
+    def put(self, samples: Sequence[tuple[str, Sample]]) -> None:
+        """Store samples with their keys, durably, at indices that are not listed."""
 
     @abstractmethod
     def store(self, key: str, sample: Sample) -> bool:

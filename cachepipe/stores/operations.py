@@ -381,8 +381,8 @@ def _adopt_keys(ledger: Ledger, entries: Sequence[Entry]) -> list[Adopted]:
         for entry, add in zip(entries, added, strict=True)
         for index, sample in add.samples
     ]
-    if samples and not ledger.put(samples):
-        raise StoreError("another process has written samples of the same questions meanwhile; try again")
+    if samples:
+        ledger.put(samples)
     return [
         _adopt(ledger, entry, add, new=ours is None)
         for ours, entry, add in zip(held, entries, added, strict=True)
@@ -491,14 +491,10 @@ def _let_go(ledger: Ledger, rows: DrawRows, release: ReleaseHold, segment: Segme
         left = segment._replace(token=None)
     elif not rows.unhold(segment.number, release.token):
         return None
-    if not release.complete:
-        if left is not segment:
-            rows.replace(left)
-        return left
-    given = _received(segment, release.n)
-    if given > segment.standing:
-        left = left._replace(standing=given)
-        rows.replace(segment._replace(standing=given))
+    if release.complete:
+        left = left._replace(standing=max(_received(segment, release.n), segment.standing))
+    if left != segment:
+        rows.replace(left)
     return left
 
 

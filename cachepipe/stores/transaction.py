@@ -273,15 +273,19 @@ class SqlLedger(Ledger):
         self.ledger.execute("RELEASE commits")
         return stored
 
-    def _put(self, samples: Sequence[tuple[str, Sample]]) -> bool:
-        """Write rows to the samples file, durably; return True if all of them were new."""
+    def _put(self, samples: Sequence[tuple[str, Sample]], *, anyway: bool = False) -> bool:
+        """Write rows to the samples file, durably.
+
+        Returns:
+            Whether they were written: if not all of them are new, only ``anyway``.
+        """
         self.seen.clear()
         self.shelf.execute("BEGIN IMMEDIATE")
         rows = []
         for key, sample in samples:
             name = f"{key}/{sample.index}"
             rows.append((name, self.now, self.now, tables.sample_row(name, sample)))
-        put = self.shelf.executemany(tables.PUT, rows).rowcount
+        put = self.shelf.executemany(tables.PUT_ANYWAY if anyway else tables.PUT, rows).rowcount
         if put != len(samples):
             self.shelf.execute("ROLLBACK")
             return False
@@ -289,10 +293,13 @@ class SqlLedger(Ledger):
         self.written_sample = name
         return True
 
-    def put(self, samples: Sequence[tuple[str, Sample]]) -> bool:
-        """Store samples with their keys, durably; return False, and store none, if an index has one."""
+    def put(self, samples: Sequence[tuple[str, Sample]]) -> None:
+        """Store samples with their keys, durably, at indices that are free.
+
+        What is stored there is not listed: a process that was killed has left it.
+        """
         self._check_files(deleted=True)
-        return self._put(samples)
+        self._put(samples, anyway=True)
 
     # What is removed.
 
@@ -308,7 +315,7 @@ class SqlLedger(Ledger):
             name = f"{rows.name}/{index}"
             row = self.shelf.execute(tables.GET_DAMAGED, (name,)).fetchone()
             gone = tables.erased_row(name, b"" if row is None else row[2] or b"")
-            self.shelf.execute(tables.PUT_DISCARDED, (name, self.now, self.now, gone))
+            self.shelf.execute(tables.PUT_ANYWAY, (name, self.now, self.now, gone))
             discarded = (self.known(rows.name), index, self.now, why)
             self.ledger.execute("INSERT OR IGNORE INTO discards VALUES(?, ?, ?, ?)", discarded)
         self.shelf.execute("COMMIT")
@@ -657,7 +664,7 @@ class _Key(KeyRows):
         if not tables.is_discarded(self.name, index, row):
             self._in.seen.clear()
             gone = tables.discarded_row(name, b"" if row is None else row[2] or b"")
-            self._in.shelf.execute(tables.PUT_DISCARDED, (name, now, now, gone))
+            self._in.shelf.execute(tables.PUT_ANYWAY, (name, now, now, gone))
         self._execute("INSERT OR IGNORE INTO discards VALUES(?, ?, ?, ?)", self.number, index, now, why)
 
     def drawn(self) -> IntervalSet:
@@ -673,14 +680,11 @@ class _Key(KeyRows):
 
     def makers(self, namespace: str) -> tuple[set[int], set[int]]:
         place = (self.number, self._in.namespace(namespace))
-        query = "SELECT lease, token, standing, indices FROM segments WHERE key = ? AND namespace = ?"
+        query = "SELECT DISTINCT lease, token IS NOT NULL FROM segments WHERE key = ? AND namespace = ?"
         found = self._execute(query, *place).fetchall()
         query = "SELECT DISTINCT lease FROM holders WHERE key = ? AND namespace = ?"
         holders = {lease for (lease,) in self._execute(query, *place)}
-        for lease, token, standing, indices in found:
-            if token is not None and standing < len(unpack(indices)):
-                holders.add(lease)
-        return holders, {row[0] for row in found}
+        return holders.union(lease for lease, holds in found if holds), {lease for lease, _ in found}
 
     def withdraw(self, namespace: str) -> None:
         number = self._in.namespace(namespace)
