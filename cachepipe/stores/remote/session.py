@@ -355,7 +355,7 @@ class Session:
         return self.asked(lambda: self.engine.read([Read(key, fields)]))[0]
 
     def _read_all(self, key: str) -> Rows:
-        return self.asked(lambda: self.engine.rows_of(key))
+        return self.asked(lambda: self.engine.rows_of([key]))[0]
 
     def books(self, reads: Sequence[Read]) -> list[Book]:
         """Return the rows of keys, read in one round trip."""
