@@ -174,7 +174,8 @@ class Cache:
     ) -> list[Found] | None:
         """Return the samples of a request's draws if all of them are stored, else None.
 
-        Only reads, except that a claim which is not written takes indices in memory. Thread-safe.
+        Only reads, except that a claim which is not written takes indices in memory. Thread-safe. After several
+        new draws it leaves the next one to a claim, which also finds what is stored.
 
         Args:
             claimant: who draws.
@@ -190,6 +191,8 @@ class Cache:
             return None
         if run is None:
             run = runs.current(self.store.identity)
+        if run.expects_new and not self.in_memory:
+            return None
         if counter is None:
             counter = run
         found: list[Found] = []
@@ -270,7 +273,8 @@ class Cache:
     ) -> Found | Drawing:
         """Return what is stored for a request of one question, or begin to draw it.
 
-        While claims are queued, a request joins them: their transaction also finds what is stored.
+        While claims are queued, a request joins them: their transaction also finds what is stored. After several
+        new draws the next one is claimed at once, for the same reason.
 
         Args:
             request: the request.
@@ -281,8 +285,10 @@ class Cache:
         """
         if self.in_memory or self.mode != "read-write" or not queue.idle:
             return self.draw(request, question, queue, turn=turn)
-        self.requests += 1
         run = runs.current(self.store.identity)
+        if run.expects_new:
+            return self.draw(request, question, queue, run=run, turn=turn)
+        self.requests += 1
         draw = draw_of(question.key, request, run, shared=self.shares(question))
         found = self._find(draw, request, question, request.n, run, run)
         if found is None:

@@ -232,6 +232,7 @@ class Drawing:
         draw, run = self.draw, self.run
         if draw is None or run is None:
             return
+        run.new_in_a_row = run.new_in_a_row + 1 if grant.added else 0
         if draw.shared:
             run.used.add((self.question.key, self.user))
         if grant.shared:

@@ -185,16 +185,22 @@ class SqlReader:
         )
 
     def _recall(self, draw: Draw, n: int) -> Grant | None:
-        ledger, shelf = self._readable()
-        key = self._key_ids.get(draw.key)
-        namespace = self._namespace_ids.get(draw.namespace)
+        _, shelf = self._readable()
+        label, name, request_id, occurrence, replicate = draw
+        key, namespace = self._key_ids.get(name), self._namespace_ids.get(label)
         if key is None or namespace is None:
-            key, namespace = self._key_id(ledger, draw.key), self._namespace_id(ledger, draw.namespace)
-            if key is None or namespace is None:
+            values = (name + "/", name, request_id, occurrence, replicate, label)
+            rows = shelf.execute(tables.RECALL_BY_NAME, values).fetchall()
+            if not rows:
                 return None
-        name = draw.key
-        place = (key, draw.request_id, draw.occurrence, draw.replicate, namespace)
-        rows = shelf.execute(tables.RECALL, (name + "/", *place)).fetchall()
+            key, namespace = rows[0][:2]
+            _intern(self._key_ids, name, key)
+            _intern(self._namespace_ids, label, namespace)
+            rows = [row[2:] for row in rows if row[2] is not None]
+        else:
+            values = (name + "/", key, request_id, occurrence, replicate, namespace)
+            rows = shelf.execute(tables.RECALL, values).fetchall()
+        place = (key, request_id, occurrence, replicate, namespace)
         if len(rows) == n == 1 and type(index := rows[0][2]) is int:
             number, position, _, lease, stamp, digest, noted, mode, filename, value = rows[0]
             if value is None and mode is None:
@@ -638,10 +644,16 @@ def _interned(ids: dict[str, int], ledger: sqlite3.Connection, query: str, text:
         row = ledger.execute(query, (text,)).fetchone()
         if row is None:
             return None
-        if len(ids) >= _IDS:
-            ids.clear()
-        identifier = ids[text] = int(row[0])
+        identifier = int(row[0])
+        _intern(ids, text, identifier)
     return identifier
+
+
+def _intern(ids: dict[str, int], text: str, identifier: int) -> None:
+    """Remember an id; forget the others when there are too many."""
+    if len(ids) >= _IDS:
+        ids.clear()
+    ids[text] = identifier
 
 
 class _DrawView(DrawView):

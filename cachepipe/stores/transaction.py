@@ -237,6 +237,28 @@ class SqlLedger(Ledger):
         """Return the rows of a statement on segments."""
         return list(map(SegmentRow._make, self.ledger.execute(query, values)))
 
+    def read_draw(self, where: tuple[int, str, int, str, int], name: str) -> list[SegmentRow]:
+        """Return the first rows of a draw, over all namespaces; read the sets that its claim needs with them.
+
+        Args:
+            where: the place of the draw, and its namespace.
+            name: its key.
+        """
+        key, namespace, sets = where[0], where[4], self._sets
+        if (namespace, key) in sets:
+            return self.read(f"{tables.DRAW} LIMIT {FEW + 1}", where[:4])
+        rows: list[SegmentRow] = []
+        found: dict[int, list[tuple[int, int, bytes]]] = {namespace: [], LISTED: []}
+        for row in self.ledger.execute(tables.DRAW_AND_SETS, where):
+            if row[1] is None:
+                found[row[0]].append((row[2], row[3], row[8]))
+            else:
+                rows.append(SegmentRow._make(row))
+        for owner, intervals in found.items():
+            if (owner, key) not in sets:
+                self._remember(owner, key, name, intervals)
+        return rows
+
     def first(self, place: Place) -> int | None:
         """Return the earliest namespace of a draw that has many rows, and note it.
 
@@ -433,14 +455,8 @@ class SqlLedger(Ledger):
         place = (owner, key)
         sets = self._sets
         if place not in sets:
-            # The listed set is usually needed together with a namespace's set.
-            wanted = [owner] if owner == LISTED or (LISTED, key) in sets else [owner, LISTED]
-            found: dict[int, list[tuple[int, int, bytes]]] = {each: [] for each in wanted}
-            query = tables.TWO_SETS if len(wanted) > 1 else tables.ONE_SET
-            for each, start, stop, digest in self.ledger.execute(query, (key, *wanted)):
-                found[each].append((start, stop, digest))
-            for each, rows in found.items():
-                self._remember(each, key, name, rows)
+            rows = self.ledger.execute(tables.ONE_SET, (key, owner)).fetchall()
+            self._remember(owner, key, name, rows)
         known = sets[place]
         if known is None:
             return LargeSet(self.ledger, (owner, self.label(owner)), (key, name))
@@ -724,13 +740,13 @@ class _Draw(_Key, DrawRows):
         self._draw = draw
         place = (number, draw.request_id, draw.occurrence, draw.replicate)
         self._where = where = (*place, namespace)
-        self.taken = ledger.set_of(namespace, number, draw.key)  # this reads the list too
-        self.listed = ledger.set_of(LISTED, number, draw.key)
         if place in ledger.touched:
             ledger.flush()
         rows = ledger.found.get(place)
         if rows is None:
-            rows = ledger.read(f"{tables.DRAW} LIMIT {FEW + 1}", place)
+            rows = ledger.read_draw(where, draw.key)
+        self.taken = ledger.set_of(namespace, number, draw.key)
+        self.listed = ledger.set_of(LISTED, number, draw.key)
         few = len(rows) <= FEW
         if not few:
             rows = ledger.read(tables.OWN_AND_FIRST, where)
