@@ -149,7 +149,7 @@ class Occurrences:
 
     Attributes:
         name: the name of the run, drawn at random; a run with several stores has one for each.
-        new_in_a_row: how many of its last claims were for draws that the ledger did not hold.
+        expects_new: whether its next draw is probably new, so that a claim is better than a look.
         inputs: the number of texts that IPython had executed when the run began; 0 elsewhere.
     """
 
@@ -157,7 +157,8 @@ class Occurrences:
         global _newest  # noqa: PLW0603 - this is the place that keeps it
         _newest = time.monotonic()
         self.name = secrets.token_hex(8)
-        self.new_in_a_row = 0
+        self.expects_new = False
+        self._new_in_a_row = 0
         self.inputs = len(cells.inputs())
         self._lock = threading.Lock()
         self._next: Spilling[Identity, int] = Spilling(int, int, int, kept)
@@ -214,10 +215,10 @@ class Occurrences:
             else:
                 self._returned.pop(identity, None)
 
-    @property
-    def expects_new(self) -> bool:
-        """Whether its next draw is probably new: then a claim finds what is stored in less time than a look."""
-        return self.new_in_a_row >= _STREAK
+    def claimed(self, *, new: bool) -> None:
+        """Note whether a draw that was claimed was new in the ledger."""
+        self._new_in_a_row = self._new_in_a_row + 1 if new else 0
+        self.expects_new = self._new_in_a_row >= _STREAK
 
     @property
     def replays(self) -> bool:

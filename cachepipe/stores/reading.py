@@ -189,7 +189,7 @@ class SqlReader:
         label, name, request_id, occurrence, replicate = draw
         key, namespace = self._key_ids.get(name), self._namespace_ids.get(label)
         if key is None or namespace is None:
-            values = (name + "/", name, request_id, occurrence, replicate, label)
+            values: tuple[Any, ...] = (name + "/", name, request_id, occurrence, replicate, label)
             rows = shelf.execute(tables.RECALL_BY_NAME, values).fetchall()
             if not rows:
                 return None
