@@ -269,17 +269,11 @@ def _spelled(scope: str | None) -> bytes:
     return jsontext.dumps(scope)
 
 
-_PLANS: dict[type, tuple[tuple[str, ...], bool, bool]] = {}
-
-
+@functools.lru_cache(maxsize=256)
 def _plan(kind: type[Request]) -> tuple[tuple[str, ...], bool, bool]:
     """Return a request class's fields for the key, and whether it has a ``seed`` and a ``best_of``."""
-    plan = _PLANS.get(kind)
-    if plan is None:
-        names = field_names(kind)
-        asked = tuple(name for name in names if name not in UNASKED)
-        plan = _PLANS[kind] = (asked, "seed" in names, "best_of" in names)
-    return plan
+    names = field_names(kind)
+    return tuple(name for name in names if name not in UNASKED), "seed" in names, "best_of" in names
 
 
 def question(
@@ -305,7 +299,7 @@ def question(
         for name in names:
             value = getattr(request, name)
             if value is not None:
-                fields[name] = value if type(value) is str else canonical(value)
+                fields[name] = value if type(value) in _AS_THEY_ARE else canonical(value)
         document: dict[str, Any] = {"fields": fields}
     else:
         name = hash(request)

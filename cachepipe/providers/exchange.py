@@ -267,7 +267,7 @@ class CacheView:
             groups = self.groups[loop] = Groups()
             loops.own_handles(loop).call_soon(self.groups.pop, loop, None)
         asker = Asker(asyncio.current_task(loop) if asker is None else asker)
-        return groups.duplicated((key, label(namespace)), asker, n)
+        return groups.duplicated((key, namespace), asker, n)
 
     def cache(self, mode: Mode) -> Cache:
         """Return the cache for a mode."""

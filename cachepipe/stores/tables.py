@@ -320,8 +320,9 @@ def segments_of(draw: Draw, rows: Iterable[SegmentRow | tuple[Any, ...]]) -> lis
     segments = []
     for _, number, position, indices, lease, token, stamp, standing, digest, written in rows:
         check_segment(draw, number, position, indices, stamp, digest, written)
-        parts = (unpack(indices), lease, token, stamp, standing, read_place(written))
-        segments.append(Segment(number, position, *parts))
+        held = [indices] if type(indices) is int else unpack(indices)
+        place = None if written is None else read_place(written)
+        segments.append(Segment(number, position, held, lease, token, stamp, standing, place))
     return segments
 
 

@@ -178,7 +178,7 @@ class SqlLedger(Ledger):
                 for key, *row in self.ledger.execute(tables.SETS, (owner, orjson.dumps([*rows]).decode())):
                     rows[key].append(tuple(row))
                 for key, found in rows.items():
-                    self._remember(owner, key, names[key], found)
+                    self._remember(owner, key, names[key], found, self.label(owner))
 
     def _read_samples_ahead(self, claims: Sequence[Claim]) -> None:
         """Read the samples that claims will probably get: their own, the coupled, or the first free."""
@@ -237,12 +237,13 @@ class SqlLedger(Ledger):
         """Return the rows of a statement on segments."""
         return list(map(SegmentRow._make, self.ledger.execute(query, values)))
 
-    def read_draw(self, where: tuple[int, str, int, str, int], name: str) -> list[SegmentRow]:
+    def read_draw(self, where: tuple[int, str, int, str, int], name: str, whose: str) -> list[SegmentRow]:
         """Return the first rows of a draw, over all namespaces; read the sets that its claim needs with them.
 
         Args:
             where: the place of the draw, and its namespace.
             name: its key.
+            whose: the label of the namespace.
         """
         key, namespace, sets = where[0], where[4], self._sets
         if (namespace, key) in sets:
@@ -254,10 +255,17 @@ class SqlLedger(Ledger):
                 found[row[0]].append((row[2], row[3], row[8]))
             else:
                 rows.append(SegmentRow._make(row))
-        for owner, intervals in found.items():
+        for (owner, intervals), label in zip(found.items(), (whose, ""), strict=True):
             if (owner, key) not in sets:
-                self._remember(owner, key, name, intervals)
+                self._remember(owner, key, name, intervals, label)
         return rows
+
+    def saw(self, row: SegmentRow) -> None:
+        """Continue after the stamp of a row."""
+        try:
+            self.greatest_stamp = max(self.greatest_stamp, row.stamp)
+        except TypeError as error:
+            raise tables.damaged_row("a stamp that is not a number") from error
 
     def first(self, place: Place) -> int | None:
         """Return the earliest namespace of a draw that has many rows, and note it.
@@ -412,9 +420,9 @@ class SqlLedger(Ledger):
         number = self._asked(Question(entry.key, entry.scope, entry.document), entry.first_stamp() / 1e6)
         if number in self._new_keys:
             self.begun.add(number)
-            self._remember(LISTED, number, entry.key, [])
+            self._remember(LISTED, number, entry.key, [], "")
             for draw in entry.draws:
-                self._remember(self.namespace(draw.namespace), number, entry.key, [])
+                self._remember(self.namespace(draw.namespace), number, entry.key, [], draw.namespace)
         return _Key(self, number, entry.key)
 
     def inserting(self, draw: Draw) -> DrawRows:
@@ -456,7 +464,7 @@ class SqlLedger(Ledger):
         sets = self._sets
         if place not in sets:
             rows = self.ledger.execute(tables.ONE_SET, (key, owner)).fetchall()
-            self._remember(owner, key, name, rows)
+            self._remember(owner, key, name, rows, self.label(owner))
         known = sets[place]
         if known is None:
             return LargeSet(self.ledger, (owner, self.label(owner)), (key, name))
@@ -466,9 +474,10 @@ class SqlLedger(Ledger):
         """Forget a set whose rows were deleted."""
         self._sets.pop((owner, key), None)
 
-    def _remember(self, owner: int, key: int, name: str, rows: list[tuple[int, int, bytes]]) -> None:
+    def _remember(
+        self, owner: int, key: int, name: str, rows: list[tuple[int, int, bytes]], label: str
+    ) -> None:
         place, small = (owner, key), len(rows) <= SMALL
-        label = self.label(owner)
         self._sets[place] = SmallSet(place, label, name, rows, self._changed) if small else None
 
     # What is gathered, and written many rows to a statement.
@@ -489,10 +498,11 @@ class SqlLedger(Ledger):
         gone: list[tuple[int, int, int]] = []
         new: list[tuple[int, int, int, int, bytes]] = []
         for place, known in self._changed.items():
-            intervals = list(known)
-            old, added = changes(known.written, intervals) if known.written else ([], intervals)
+            intervals = added = known.intervals()
+            if known.written:
+                old, added = changes(known.written, intervals)
+                gone += [(*place, stop) for _, stop in old]
             known.written = intervals
-            gone += [(*place, stop) for _, stop in old]
             for start, stop in added:
                 digest = tables.interval_digest(known.label, known.key, start, stop)
                 new.append((*place, stop, start, digest))
@@ -744,7 +754,7 @@ class _Draw(_Key, DrawRows):
             ledger.flush()
         rows = ledger.found.get(place)
         if rows is None:
-            rows = ledger.read_draw(where, draw.key)
+            rows = ledger.read_draw(where, draw.key, draw.namespace)
         self.taken = ledger.set_of(namespace, number, draw.key)
         self.listed = ledger.set_of(LISTED, number, draw.key)
         few = len(rows) <= FEW
@@ -767,13 +777,16 @@ class _Draw(_Key, DrawRows):
                 rows = ledger.read(tables.OWN, (*where[:4], first))
         if rows:
             shared = ledger.namespace(SHARED)
-            rows = [row for row in rows if row.namespace != shared]
+            if len(rows) > 1 or rows[0].namespace == shared:
+                rows = [row for row in rows if row.namespace != shared]
         if not rows:
             return ()
-        earliest = tables.earliest(rows)
-        ledger.greatest_stamp = max(ledger.greatest_stamp, earliest.stamp)
-        draw = self._draw._replace(namespace=ledger.label(earliest.namespace))
-        return tables.segments_of(draw, [row for row in rows if row.namespace == earliest.namespace])
+        earliest = rows[0]
+        if len(rows) > 1:
+            earliest = tables.earliest(rows)
+            rows = [row for row in rows if row.namespace == earliest.namespace]
+        ledger.saw(earliest)
+        return tables.segments_of(Draw(ledger.label(earliest.namespace), *self._draw[1:]), rows)
 
     def add(self, segment: Segment, generated: int) -> None:
         number, position, chosen, lease, token, stamp, standing, _ = segment
