@@ -2,7 +2,8 @@
 
 Small sets of indices stay in memory while no other connection writes (SQLite's ``data_version`` shows it),
 and new rows are gathered and written at the end, many per statement. So a thousand draws claimed at once cost
-a few statements, and a lone draw of a known key costs three. Reading ahead changes no decision.
+a few statements, and a lone draw of a known key costs three reads and two inserts. Reading ahead changes no
+decision.
 """
 
 from __future__ import annotations
