@@ -38,7 +38,20 @@ from typing import Any, Self
 import orjson
 
 from benchmarks import data
-from benchmarks.harness import ROOT, Count, Entry, Goals, Role, Sizes, Table, Tally, Timed, equal, expect
+from benchmarks.harness import (
+    ROOT,
+    Count,
+    Entry,
+    Goals,
+    Role,
+    Sizes,
+    Table,
+    Tally,
+    Timed,
+    equal,
+    expect,
+    leave_that_core,
+)
 from benchmarks.peers import Server, environment
 
 CONNECTIONS = 32
@@ -178,6 +191,7 @@ class _Load:
     def __init__(self, folder: Path) -> None:
         self._to = folder / "answers.json"
         self._process = _started([sys.executable, "-m", "benchmarks.proxy", "load"])
+        leave_that_core(self._process.pid)
 
     def __enter__(self) -> Self:
         return self

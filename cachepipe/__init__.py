@@ -292,18 +292,20 @@ __all__ = sorted(_WHERE)  # noqa: PLE0605 - a list of strings all the same
 _WHERE |= dict.fromkeys(("load_ipython_extension", "unload_ipython_extension"), "cachepipe.notebook")
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used, so that ``import cachepipe`` stays light."""
-    module = _WHERE.get(name)
-    if module is None:
-        for elsewhere in () if name.startswith("_") else ("cachepipe.clients", "cachepipe.models"):
-            if name in importlib.import_module(elsewhere).__all__:
-                # Python replaces the message of an AttributeError in ``from cachepipe import …``.
-                raise ImportError(f"{name} is in {elsewhere}: from {elsewhere} import {name}")
-        raise AttributeError(f"module 'cachepipe' has no attribute {name!r}")
-    value = getattr(importlib.import_module(module), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # else type checkers would take any name for one of the package
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name when it is first used, so that ``import cachepipe`` stays light."""
+        module = _WHERE.get(name)
+        if module is None:
+            for elsewhere in () if name.startswith("_") else ("cachepipe.clients", "cachepipe.models"):
+                if name in importlib.import_module(elsewhere).__all__:
+                    # Python replaces the message of an AttributeError in ``from cachepipe import …``.
+                    raise ImportError(f"{name} is in {elsewhere}: from {elsewhere} import {name}")
+            raise AttributeError(f"module 'cachepipe' has no attribute {name!r}")
+        value = getattr(importlib.import_module(module), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

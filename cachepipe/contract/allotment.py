@@ -9,6 +9,7 @@ is listed and free, else the lowest listed free index, else a new one.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 from cachepipe.contract.intervals import IndexSet, MutableIndexSet
@@ -49,6 +50,10 @@ class Segment(NamedTuple):
     def claim(self) -> tuple[int, str | None, int]:
         """Equal for the segments that one claim has added."""
         return self.lease, self.token, self.stamp
+
+
+_LAID = attrgetter("position", "indices")
+"""What `laid` needs of a segment."""
 
 
 class KeyView(Protocol):
@@ -246,7 +251,7 @@ def indices_of(segments: Collection[Segment]) -> list[int]:
     if len(segments) == 1:  # the usual draw
         (segment,) = segments
         return [*segment.indices] if segment.position == 0 else []
-    return laid((segment.position, segment.indices) for segment in segments)
+    return laid(map(_LAID, segments))
 
 
 def noted_place(segments: Iterable[Segment], n: int) -> Place | None:

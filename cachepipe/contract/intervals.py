@@ -40,6 +40,10 @@ class IntervalSet:
     __slots__ = ("_starts", "_stops")
 
     def __init__(self, intervals: Iterable[Interval] = ()) -> None:
+        self.replace(intervals)
+
+    def replace(self, intervals: Iterable[Interval]) -> None:
+        """Hold these intervals instead."""
         self._starts: list[int] = []
         self._stops: list[int] = []
         for start, stop in intervals:

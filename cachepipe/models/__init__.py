@@ -25,5 +25,5 @@ _HOMES: Final = {
 
 __all__ = ["AnthropicModel", "OpenAIModel", "TogetherModel", "TransformersModel"]
 
-
-__getattr__, __dir__ = lazy.names(__name__, _HOMES)
+if not TYPE_CHECKING:  # else type checkers would take any name for one of the package
+    __getattr__, __dir__ = lazy.names(__name__, _HOMES)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.utils import floatToGoString
 
 from cachepipe import prices, wire
 from cachepipe.accounting import Account, Delivered, Seller, Usage, by_model, sums, usage_of
@@ -27,7 +35,8 @@ _USAGES: Final = 20_000  # samples whose usage is kept in memory, 250 bytes each
 _LONGEST: Final = 200  # characters of a namespace in a label; longer ones end with a digest
 _OTHERS: Final = "(others)"
 _NONE: Final = "(none)"
-_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.25, 1.0, 2.5, 10.0, 25.0, 100.0)
+_DELIVERED: Final = ("as_asked", "billed", "unstored")  # the accounts of `Delivered`
+_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.25, 1.0, 2.5, 10.0, 25.0, 100.0, math.inf)
 
 _NOBODY: Final[Seller] = (None, "")
 
@@ -102,6 +111,30 @@ class Counts:
         """Return the sums of tokens by name."""
         return sums(self.spent, self.delivered)
 
+    def dump(self) -> dict[str, Any]:
+        """Return the counts as JSON can hold them; see `load`."""
+        delivered = self.delivered
+        sums = {name: getattr(delivered, name).rows() for name in _DELIVERED}
+        return {
+            "namespace": self.namespace,
+            "requests": self.requests,
+            "hits": self.hits,
+            "misses": self.misses,
+            "delivered": [delivered.requests, sums],
+            "spent": self.spent.rows(),
+            "last": self.last,
+        }
+
+    @classmethod
+    def load(cls, dumped: Mapping[str, Any]) -> Self:
+        """Return the counts that ``dump`` has written."""
+        requests, sums = dumped["delivered"]
+        delivered = Delivered(requests, **{name: Account.of(sums[name]) for name in _DELIVERED})
+        counted = Counter(dumped["requests"])
+        spent = Account.of(dumped["spent"])
+        plain = {name: dumped[name] for name in ("namespace", "hits", "misses", "last")}
+        return cls(requests=counted, delivered=delivered, spent=spent, **plain)
+
     def as_json(self, known: Prices) -> dict[str, Any]:
         """Return the counts by name, with the cost of the tokens if it is known."""
         return {
@@ -123,8 +156,191 @@ def _label_of(namespace: str) -> str:
     return f'"{text}"' if text[:1] in ("(", '"') and namespace != _OTHERS else text
 
 
-class Counters:
-    """The counts of a proxy.
+class Durations:
+    """How long requests took: how many there are in each interval of `_SECONDS`, and their sum."""
+
+    def __init__(self, counts: Sequence[int] = (0,) * len(_SECONDS), total: float = 0.0) -> None:
+        self.counts = list(counts)
+        self.total = total
+
+    def observe(self, seconds: float) -> None:
+        """Add a request."""
+        self.counts[bisect_left(_SECONDS, seconds)] += 1
+        self.total += seconds
+
+    def join(self, other: Durations) -> None:
+        """Add the requests of others."""
+        self.counts = [one + more for one, more in zip(self.counts, other.counts, strict=True)]
+        self.total += other.total
+
+    def metric(self) -> Metric:
+        """Return the durations in Prometheus' form."""
+        buckets: list[tuple[str, float]] = []
+        number = 0
+        for most, count in zip(_SECONDS, self.counts, strict=True):
+            number += count
+            buckets.append((str(floatToGoString(most)), number))  # type: ignore[no-untyped-call]
+        return HistogramMetricFamily(
+            "cachepipe_proxy_call_seconds",
+            "Seconds from a request's arrival to its last byte, of those that were not hits.",
+            buckets=buckets,
+            sum_value=self.total,
+        )
+
+
+class Totals:
+    """The counts of a proxy, or of several worker processes of it.
+
+    Attributes:
+        prices: the prices of tokens.
+        started: when the counting began, in seconds since 1970.
+        calls: calls made, by upstream.
+        running: calls in flight, by upstream.
+        in_flight: requests in flight.
+        background: calls in flight for clients that have gone.
+        namespaces: the counts by namespace.
+        seconds: how long requests took that were not hits.
+    """
+
+    def __init__(
+        self, prices: Prices, started: float, calls: dict[str, int], running: dict[str, int]
+    ) -> None:
+        self.prices = prices
+        self.started = started
+        self.calls = calls
+        self.running = running
+        self.in_flight = 0
+        self.background = 0
+        self.namespaces: dict[str | None, Counts] = {}
+        self.seconds = Durations()
+
+    def dump(self) -> dict[str, Any]:
+        """Return the counts as JSON can hold them; see `load`."""
+        plain = ("started", "calls", "running", "in_flight", "background")
+        return {
+            **{name: getattr(self, name) for name in plain},
+            "namespaces": [counts.dump() for counts in self.namespaces.values()],
+            "seconds": [self.seconds.counts, self.seconds.total],
+        }
+
+    @classmethod
+    def load(cls, dumped: Mapping[str, Any], prices: Prices) -> Totals:
+        """Return the counts that ``dump`` has written, in this process or in another one."""
+        made = Totals(prices, dumped["started"], dumped["calls"], dumped["running"])
+        made.in_flight, made.background = dumped["in_flight"], dumped["background"]
+        for each in dumped["namespaces"]:
+            counts = made.namespaces[each["namespace"]] = Counts.load(each)
+            for account in (counts.spent, counts.delivered.as_asked):
+                for model, url in account.sold:
+                    prices.seller(model, url)
+        made.seconds = Durations(*dumped["seconds"])
+        return made
+
+    def join(self, other: Totals) -> None:
+        """Add the counts of another process."""
+        self.started = min(self.started, other.started)
+        self.in_flight += other.in_flight
+        self.background += other.background
+        for mine, theirs in ((self.calls, other.calls), (self.running, other.running)):
+            for name, number in theirs.items():
+                mine[name] = mine.get(name, 0) + number
+        for namespace, counts in other.namespaces.items():
+            self.of(namespace).join(counts)
+        self.seconds.join(other.seconds)
+
+    def of(self, namespace: str | None) -> Counts:
+        """Return the counts of a namespace; further namespaces share one entry."""
+        counts = self.namespaces.get(namespace)
+        if counts is None:
+            if len(self.namespaces) >= _MOST:
+                namespace = _OTHERS
+            counts = self.namespaces.setdefault(namespace, Counts(namespace))
+        return counts
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all counts: totals, and per namespace the latest first."""
+        each = sorted(self.namespaces.values(), key=lambda counts: -counts.last)
+        totals = Counts()
+        for counts in each:
+            totals.join(counts)
+        total = totals.as_json(self.prices)
+        del total["namespace"]
+        total["models"] = by_model(totals.accounts(), self.prices.cost)
+        return {
+            "started": self.started,
+            "in_flight": self.in_flight,
+            "background": self.background,
+            "upstreams": [
+                {"name": name, "calls": calls, "in_flight": self.running[name]}
+                for name, calls in self.calls.items()
+            ],
+            "total": total,
+            "namespaces": [counts.as_json(self.prices) for counts in each],
+        }
+
+    # Prometheus.
+
+    def metrics(self) -> bytes:
+        """Return the counts in Prometheus' text format."""
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(self)
+        text: bytes = generate_latest(registry)
+        return text
+
+    def collect(self) -> Iterator[Metric]:
+        """Iterate over the counts in Prometheus' form."""
+        requests = CounterMetricFamily(
+            "cachepipe_proxy_requests", "Requests that ended, by outcome.", labels=("namespace", "outcome")
+        )
+        samples = CounterMetricFamily(
+            "cachepipe_proxy_samples",
+            "Samples delivered, from the cache or generated for the request.",
+            labels=("namespace", "from"),
+        )
+        tokens = CounterMetricFamily(
+            "cachepipe_proxy_tokens",
+            "Tokens spent, billed, as asked, saved (as asked less billed), unreported (spent less billed).",
+            labels=("namespace", "of", "sum"),
+        )
+        costs = GaugeMetricFamily(
+            "cachepipe_proxy_cost_dollars",
+            "US dollars spent, billed, as asked, saved and unreported, of the samples whose price is known.",
+            labels=("namespace", "sum"),
+        )
+        for namespace, counts in self.namespaces.items():
+            name = _NONE if namespace is None else _label_of(namespace)
+            for outcome, number in counts.requests.items():
+                requests.add_metric((name, outcome), number)
+            samples.add_metric((name, "cache"), counts.hits)
+            samples.add_metric((name, "upstream"), counts.misses)
+            for word, account in counts.accounts().items():
+                sums = account.counts()
+                cost, _ = account.cost(self.prices.cost)
+                if cost is not None:
+                    costs.add_metric((name, word), cost)
+                tokens.add_metric((name, "prompt", word), sums["prompt_tokens"])
+                tokens.add_metric((name, "completion", word), sums["completion_tokens"])
+        calls = CounterMetricFamily("cachepipe_proxy_calls", "Calls to an upstream.", labels=("upstream",))
+        running = GaugeMetricFamily(
+            "cachepipe_proxy_calls_in_flight", "Calls to an upstream in flight.", labels=("upstream",)
+        )
+        for name, number in self.calls.items():
+            calls.add_metric((name,), number)
+            running.add_metric((name,), self.running[name])
+        flight = GaugeMetricFamily(
+            "cachepipe_proxy_requests_in_flight", "Requests now.", value=self.in_flight
+        )
+        background = GaugeMetricFamily(
+            "cachepipe_proxy_abandoned_in_flight",
+            "Calls in flight for clients that have gone.",
+            value=self.background,
+        )
+        each = requests, samples, tokens, costs, calls, running, flight, background
+        yield from (self.seconds.metric(), *each)
+
+
+class Counters(Totals):
+    """The counts of this process.
 
     Args:
         client: its connections, which count the calls.
@@ -135,31 +351,9 @@ class Counters:
     def __init__(
         self, client: UpstreamClient, given: prices.Prices | None = None, clock: Any = time.time
     ) -> None:
-        self.client = client
+        super().__init__(Prices(given), clock(), client.calls, client.in_flight)
         self.clock = clock
-        self.started: float = clock()
-        self.in_flight = 0
-        self.background = 0
-        self.namespaces: dict[str | None, Counts] = {}
-        self.prices = Prices(given)
         self._usages: dict[tuple[str, int], Usage] = {}
-        self.registry = CollectorRegistry(auto_describe=False)
-        self.seconds = Histogram(
-            "cachepipe_proxy_call_seconds",
-            "Seconds from a request's arrival to its last byte, of those that were not hits.",
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self.registry.register(self)
-
-    def of(self, namespace: str | None) -> Counts:
-        """Return the counts of a namespace; further namespaces share one entry."""
-        counts = self.namespaces.get(namespace)
-        if counts is None:
-            if len(self.namespaces) >= _MOST:
-                namespace = _OTHERS
-            counts = self.namespaces.setdefault(namespace, Counts(namespace))
-        return counts
 
     def ended(self, namespace: str | None, outcome: Outcome) -> Counts:
         """Count the end of a request; return the counts of its namespace."""
@@ -217,81 +411,3 @@ class Counters:
                 self._usages.clear()
             usage = self._usages[key, index] = usage_of(sample.value)
         return usage
-
-    def as_json(self) -> dict[str, Any]:
-        """Return all counts: totals, and per namespace the latest first."""
-        each = sorted(self.namespaces.values(), key=lambda counts: -counts.last)
-        totals = Counts()
-        for counts in each:
-            totals.join(counts)
-        total = totals.as_json(self.prices)
-        del total["namespace"]
-        total["models"] = by_model(totals.accounts(), self.prices.cost)
-        return {
-            "started": self.started,
-            "in_flight": self.in_flight,
-            "background": self.background,
-            "upstreams": [
-                {"name": name, "calls": calls, "in_flight": self.client.in_flight[name]}
-                for name, calls in self.client.calls.items()
-            ],
-            "total": total,
-            "namespaces": [counts.as_json(self.prices) for counts in each],
-        }
-
-    # Prometheus.
-
-    def metrics(self) -> bytes:
-        """Return the counts in Prometheus' text format."""
-        text: bytes = generate_latest(self.registry)
-        return text
-
-    def collect(self) -> Iterator[Metric]:
-        """Iterate over the counts in Prometheus' form."""
-        requests = CounterMetricFamily(
-            "cachepipe_proxy_requests", "Requests that ended, by outcome.", labels=("namespace", "outcome")
-        )
-        samples = CounterMetricFamily(
-            "cachepipe_proxy_samples",
-            "Samples delivered, from the cache or generated for the request.",
-            labels=("namespace", "from"),
-        )
-        tokens = CounterMetricFamily(
-            "cachepipe_proxy_tokens",
-            "Tokens spent, billed, as asked, saved (as asked less billed), unreported (spent less billed).",
-            labels=("namespace", "of", "sum"),
-        )
-        costs = GaugeMetricFamily(
-            "cachepipe_proxy_cost_dollars",
-            "US dollars spent, billed, as asked, saved and unreported, of the samples whose price is known.",
-            labels=("namespace", "sum"),
-        )
-        for namespace, counts in self.namespaces.items():
-            name = _NONE if namespace is None else _label_of(namespace)
-            for outcome, number in counts.requests.items():
-                requests.add_metric((name, outcome), number)
-            samples.add_metric((name, "cache"), counts.hits)
-            samples.add_metric((name, "upstream"), counts.misses)
-            for word, account in counts.accounts().items():
-                sums = account.counts()
-                cost, _ = account.cost(self.prices.cost)
-                if cost is not None:
-                    costs.add_metric((name, word), cost)
-                tokens.add_metric((name, "prompt", word), sums["prompt_tokens"])
-                tokens.add_metric((name, "completion", word), sums["completion_tokens"])
-        calls = CounterMetricFamily("cachepipe_proxy_calls", "Calls to an upstream.", labels=("upstream",))
-        running = GaugeMetricFamily(
-            "cachepipe_proxy_calls_in_flight", "Calls to an upstream in flight.", labels=("upstream",)
-        )
-        for name, number in self.client.calls.items():
-            calls.add_metric((name,), number)
-            running.add_metric((name,), self.client.in_flight[name])
-        flight = GaugeMetricFamily(
-            "cachepipe_proxy_requests_in_flight", "Requests now.", value=self.in_flight
-        )
-        background = GaugeMetricFamily(
-            "cachepipe_proxy_abandoned_in_flight",
-            "Calls in flight for clients that have gone.",
-            value=self.background,
-        )
-        yield from (requests, samples, tokens, costs, calls, running, flight, background)

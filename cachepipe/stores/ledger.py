@@ -98,7 +98,7 @@ class KeyRows(ABC):
 
     @abstractmethod
     def makers(self, namespace: str) -> tuple[set[int], set[int]]:
-        """Return the leases that hold unfinished draws of a namespace, and those that made its draws."""
+        """Return the leases of claimants that hold parts of a namespace's draws, and those that made them."""
 
     @abstractmethod
     def withdraw(self, namespace: str) -> None:

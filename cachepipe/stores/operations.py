@@ -493,14 +493,10 @@ def _let_go(ledger: Ledger, rows: DrawRows, release: ReleaseHold, segment: Segme
         left = segment._replace(token=None)
     elif not rows.unhold(segment.number, release.token):
         return None
-    if not release.complete:
-        if left is not segment:
-            rows.replace(left)
-        return left
-    given = _received(segment, release.n)
-    if given > segment.standing:
-        left = left._replace(standing=given)
-        rows.replace(segment._replace(standing=given))
+    if release.complete:
+        left = left._replace(standing=max(_received(segment, release.n), segment.standing))
+    if left != segment:
+        rows.replace(left)
     return left
 
 

@@ -700,14 +700,11 @@ class _Key(KeyRows):
 
     def makers(self, namespace: str) -> tuple[set[int], set[int]]:
         place = (self.number, self._in.namespace(namespace))
-        query = "SELECT lease, token, standing, indices FROM segments WHERE key = ? AND namespace = ?"
+        query = "SELECT DISTINCT lease, token IS NOT NULL FROM segments WHERE key = ? AND namespace = ?"
         found = self._execute(query, *place).fetchall()
         query = "SELECT DISTINCT lease FROM holders WHERE key = ? AND namespace = ?"
         holders = {lease for (lease,) in self._execute(query, *place)}
-        for lease, token, standing, indices in found:
-            if token is not None and standing < len(unpack(indices)):
-                holders.add(lease)
-        return holders, {row[0] for row in found}
+        return holders.union(lease for lease, holds in found if holds), {lease for lease, _ in found}
 
     def withdraw(self, namespace: str) -> None:
         number = self._in.namespace(namespace)

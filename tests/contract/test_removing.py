@@ -241,6 +241,21 @@ def test_draws_of_requests_that_are_under_way_are_not_removed(cache):
             forget(caller.store, "one")
 
 
+def test_draws_whose_caller_has_not_received_them_are_not_removed(cache):
+    """Another caller of the same draw has received the samples; the first one has yet to."""
+    with calling(cache) as caller:
+        asked, store = question(), caller.store
+        draw = Draw(label("one"), asked.key, "", 0)
+        [first] = store.apply_now([Claim(draw, 1, asked, "first")])
+        [second] = store.apply_now([Claim(draw, 1, asked, "second")])
+        store.apply_now([Commit(asked.key, 0, b'"answer"', {})])
+        store.apply_now([ReleaseHold(draw, "second", second.held, complete=True, n=1)])
+        with pytest.raises(StoreError, match="end it"):
+            forget(store, "one")
+        store.apply_and_wait([ReleaseHold(draw, "first", first.held, complete=True, n=1)])
+        assert forget(store, "one").draws == 1
+
+
 def test_a_sample_that_is_drawn_meanwhile_stays(folder):
     forget(folder, "one")
     key = question().key

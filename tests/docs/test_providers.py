@@ -7,6 +7,7 @@ import io
 import re
 import shlex
 
+import doors
 import pytest
 from click.testing import CliRunner
 from pages import DOCS, Page
@@ -73,3 +74,7 @@ def test_the_table_is_that_of_the_code():
         for row in PRESETS.values()
     ]
     assert re.findall(r"^\| `\w+` \| `http.*\|$", TEXT, re.MULTILINE) == rows
+
+
+def test_what_the_sdks_can_is_what_the_tests_of_the_clients_try():
+    assert doors.table() in TEXT, "run: python tests/doors.py"

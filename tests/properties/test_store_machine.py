@@ -234,7 +234,7 @@ class StoreMachine(RuleBasedStateMachine):
             if claimed not in self.open:
                 self.open.append(claimed)
         else:
-            self.deliver(claimed)
+            self.end_well(claimed)
 
     def bury(self, key):
         """Do what the next claim of a key does with what the dead were generating."""
@@ -246,7 +246,11 @@ class StoreMachine(RuleBasedStateMachine):
         """Return True if a claim of a key looks after a pending sample of another one: all do."""
         return True
 
-    def deliver(self, claimed):
+    def end_well(self, claimed):
+        """Release what an earlier claim of the claimant holds, and deliver."""
+        if claimed.held:
+            leave = ReleaseHold(claimed.draw, claimed.token, claimed.held, complete=True, n=claimed.n)
+            self.apply(claimed.process, leave)
         claimed.over = True
         self.receives(claimed.draw, claimed.indices)
 
@@ -310,9 +314,7 @@ class StoreMachine(RuleBasedStateMachine):
             return
         if any(index in self.discarded[claimed.draw.key] for index in claimed.indices):
             return
-        leave = ReleaseHold(claimed.draw, claimed.token, claimed.held, complete=True, n=claimed.n)
-        self.apply(claimed.process, leave)
-        self.deliver(claimed)
+        self.end_well(claimed)
 
     @rule(claimed=claimants)
     def look_again(self, claimed):

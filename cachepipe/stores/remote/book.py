@@ -332,6 +332,11 @@ class Book:
         before = DrawRow.loads(self.name, name, rows.unpack(self.name, name, row))
         return not answers_alike([*before.segments.values()], [*self.draw(draw).segments.values()])
 
+    @property
+    def begins(self) -> bool:
+        """Whether the question is asked for the first time, or anew after it was deleted."""
+        return rows.KNOWN in self._puts and self.known.get(rows.KNOWN) is None
+
     def announced(self, number: int) -> None:
         """Note the number of the change that the swap makes."""
         self.put(rows.CHANGED, rows.dump_change(number))
@@ -502,7 +507,7 @@ class _Rows(DrawRows):
                 holders.update(current(lease) for _, lease, _ in row.holders)
                 for segment in row.segments.values():
                     makers.add(current(segment.lease))
-                    if segment.token is not None and segment.standing < len(segment.indices):
+                    if segment.token is not None:
                         holders.add(current(segment.lease))
         return holders, makers
 
@@ -762,8 +767,9 @@ class StoredDraw(DrawView):
         row = known.get(name)
         self.segments = []
         if row is not None:
-            content = rows.unpack(draw.key, name, row)
-            self.segments += _load_draw(process, draw.key, name, content).segments.values()
+            self.segments = DrawRow.segments_in(draw.key, name, rows.unpack(draw.key, name, row))
+            for segment in self.segments:
+                process.see(segment.stamp)
 
     def sample(self, index: int) -> Sample | Discarded | None:
         """Return the sample at an index, `DISCARDED`, or None."""

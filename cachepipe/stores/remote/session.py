@@ -265,7 +265,8 @@ class Session:
 
     def see(self, stamp: int) -> None:
         """Take note of a stamp."""
-        self._greatest = max(self._greatest, stamp)
+        if stamp > self._greatest:  # noqa: PLR1730 - a known draw calls it twice, and max takes longer
+            self._greatest = stamp
 
     def lease(self) -> int:
         """Return this process's lease; begin one if there is none."""
@@ -725,6 +726,7 @@ class _Transaction:
         who = session.lease()
         wanted = [swap for _, swap in swaps.values()]
         self._announce([book for book, swap in swaps.values() if swap.changes])
+        self._number(book for book, _ in swaps.values() if book.begins)
         found = session.asked(lambda: session.engine.swap(wanted, who))
         again: dict[str, tuple[Book, Swap]] = {}
         waits = False
@@ -749,6 +751,17 @@ class _Transaction:
             numbers = self._session.announce([book.name for book in books])
             for book, number in zip(books, numbers, strict=True):
                 book.announced(number)
+
+    def _number(self, books: Iterable[Book]) -> None:
+        """Write the number of the last known change of a question that was deleted and is asked anew.
+
+        Without it, machines that have learnt of the removal would take the new rows for those before it.
+        """
+        local = self._session.local
+        if local is not None:
+            for book in books:
+                if number := local.changed(book.name):
+                    book.announced(number)
 
     def _again(self, book: Book) -> tuple[Book, Swap] | None:
         """Decide again on current rows; return what is to be swapped, or None if that is nothing."""

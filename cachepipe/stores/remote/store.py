@@ -208,6 +208,9 @@ class RemoteStore(Queued, Listing):
         if not urgent and self.session.expects_new:
             return None  # they must be claimed anyhow
         self._check()
+        local = self.session.local
+        if local is not None and local.lapsed:
+            return None  # a claim asks for changes first, and then perhaps needs nothing else of the engine
         future: asyncio.Future[list[Grant | bool]] = asyncio.get_running_loop().create_future()
         foretold = self.session.foretell(claims)
         if foretold is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -25,12 +26,23 @@ if TYPE_CHECKING:
     from cachepipe.testing.server.embeddings import EmbeddingCall
     from cachepipe.testing.server.settings import Settings
 
-__all__ = ["DIALECTS", "EMBEDDERS", "EMBEDDINGS", "MODELS", "Dialect", "dialect_of", "unprefixed"]
+__all__ = [
+    "DIALECTS",
+    "EMBEDDERS",
+    "EMBEDDINGS",
+    "MODELS",
+    "Dialect",
+    "dialect_of",
+    "known_path",
+    "unprefixed",
+]
 
 EMBEDDINGS: Final = "/v1/embeddings"
 MODELS: Final = "/v1/models"
 _GROQ: Final = "/openai"
 """What Groq has before `/v1`."""
+_AZURE: Final = re.compile(r"/openai(?:/deployments/[^/]+)?(?=/(?!v1/|deployments/))")
+"""What Azure has in place of `/v1`."""
 
 
 def _error_event(refusal: RefusalError, _number: int) -> bytes:
@@ -106,6 +118,12 @@ EMBEDDERS: Final[Mapping[str, Embedder]] = {
         ),
     ),
 }
+
+
+def known_path(path: str) -> str:
+    """Return the path of an endpoint under its usual name: without models, deployments and projects."""
+    path = _AZURE.sub("/v1", path, count=1) if path.startswith(_GROQ) else path
+    return inference.known_path(gemini.known_path(path))
 
 
 def unprefixed(path: str) -> str:
