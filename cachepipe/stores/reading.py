@@ -277,7 +277,8 @@ class SqlReader:
         ledger, shelf = self._readable()
         found: list[Foreseen] = []
         for draw, n, ahead in wanted:
-            grant = None if refresh else self.recall(draw, n)
+            # Not the subclass's: it may take the lock that is held here.
+            grant = None if refresh else SqlReader.recall(self, draw, n)
             if grant is not None:
                 found.append(Foreseen([sample for sample in grant.samples if sample is not None], 0, []))
                 continue
