@@ -217,12 +217,13 @@ SAMPLES = (
     "SELECT j.value, c.mode, c.filename, c.value FROM json_each(?) j"
     " CROSS JOIN Cache c ON c.key = j.value AND c.raw = 1"
 )
-PUT_DISCARDED = PUT.replace(
+PUT_ANYWAY = PUT.replace(
     "DO NOTHING", f"DO UPDATE SET mode = {RAW}, filename = NULL, value = excluded.value, expire_time = NULL"
 )
 
 _LIVE = b"+"
-_GONE = b"-"
+GONE = b"-"
+"""The first byte of a sample's row that is discarded or deleted."""
 _BODY = 17  # bytes of a sample's row before its header: its state, and the digest
 _HEADER = b'{"id":"'
 
@@ -448,14 +449,14 @@ def sample_row(name: str, sample: Sample) -> bytes:
 
 def discarded_row(name: str, row: bytes = b"") -> bytes:
     """Return the row of a sample that is discarded from now on; it keeps what the row before it held."""
-    return b"%b%b%b" % (_GONE, _sample_digest(name, _GONE, row[_BODY:]), row[_BODY:])
+    return b"%b%b%b" % (GONE, _sample_digest(name, GONE, row[_BODY:]), row[_BODY:])
 
 
 def erased_row(name: str, row: bytes) -> bytes:
     """Return the row of a sample that is deleted from now on; it keeps the header of the row before it."""
     body = row[_BODY:]
     kept = body[: body.find(b"\n") + 1] if body.startswith(_HEADER) else b""
-    return b"%b%b%b" % (_GONE, _sample_digest(name, _GONE, kept), kept)
+    return b"%b%b%b" % (GONE, _sample_digest(name, GONE, kept), kept)
 
 
 def read_sample(shelf: sqlite3.Connection, key: str, index: int) -> Sample | Discarded | None:
@@ -477,7 +478,7 @@ def parse_sample(key: str, index: int, mode: Any, filename: Any, value: Any) -> 
         DamagedCache: when the row is not what was written there.
     """
     state, body = _checked(key, index, mode, filename, value)
-    if state == _GONE:
+    if state == GONE:
         return DISCARDED
     end = body.find(b"\n")
     identifier = body[7 : body.find(b'"', 7)]
@@ -487,7 +488,7 @@ def parse_sample(key: str, index: int, mode: Any, filename: Any, value: Any) -> 
 def header_of(key: str, index: int, mode: Any, filename: Any, value: Any) -> tuple[bytes, bool]:
     """Return the header in a row as ``parse_sample`` reads it, and whether the sample was discarded."""
     state, body = _checked(key, index, mode, filename, value)
-    return body[: body.find(b"\n")], state == _GONE
+    return body[: body.find(b"\n")], state == GONE
 
 
 def parts_of(key: str, index: int, mode: Any, filename: Any, value: Any) -> tuple[bytes, bytes, bool]:
@@ -497,7 +498,7 @@ def parts_of(key: str, index: int, mode: Any, filename: Any, value: Any) -> tupl
     """
     state, body = _checked(key, index, mode, filename, value)
     header, _, payload = body.partition(b"\n")
-    return (header, payload, state == _GONE) if header.startswith(_HEADER) else (b"", b"", state == _GONE)
+    return (header, payload, state == GONE) if header.startswith(_HEADER) else (b"", b"", state == GONE)
 
 
 def _checked(key: str, index: int, mode: Any, filename: Any, value: Any) -> tuple[bytes, bytes]:

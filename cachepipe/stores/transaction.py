@@ -304,15 +304,19 @@ class SqlLedger(Ledger):
         self.ledger.execute("RELEASE commits")
         return stored
 
-    def _put(self, samples: Sequence[tuple[str, Sample]]) -> bool:
-        """Write rows to the samples file, durably; return True if all of them were new."""
+    def _put(self, samples: Sequence[tuple[str, Sample]], *, anyway: bool = False) -> bool:
+        """Write rows to the samples file, durably.
+
+        Returns:
+            Whether they were written: if not all of them are new, only ``anyway``.
+        """
         self.seen.clear()
         self.shelf.execute("BEGIN IMMEDIATE")
         rows = []
         for key, sample in samples:
             name = f"{key}/{sample.index}"
             rows.append((name, self.now, self.now, tables.sample_row(name, sample)))
-        put = self.shelf.executemany(tables.PUT, rows).rowcount
+        put = self.shelf.executemany(tables.PUT_ANYWAY if anyway else tables.PUT, rows).rowcount
         if put != len(samples):
             self.shelf.execute("ROLLBACK")
             return False
@@ -320,10 +324,13 @@ class SqlLedger(Ledger):
         self.written_sample = name
         return True
 
-    def put(self, samples: Sequence[tuple[str, Sample]]) -> bool:
-        """Store samples with their keys, durably; return False, and store none, if an index has one."""
+    def put(self, samples: Sequence[tuple[str, Sample]]) -> None:
+        """Store samples with their keys, durably, at indices that are free.
+
+        What is stored there is not listed: a process that was killed has left it.
+        """
         self._check_files(deleted=True)
-        return self._put(samples)
+        self._put(samples, anyway=True)
 
     # What is removed.
 
@@ -339,7 +346,7 @@ class SqlLedger(Ledger):
             name = f"{rows.name}/{index}"
             row = self.shelf.execute(tables.GET_DAMAGED, (name,)).fetchone()
             gone = tables.erased_row(name, b"" if row is None else row[2] or b"")
-            self.shelf.execute(tables.PUT_DISCARDED, (name, self.now, self.now, gone))
+            self.shelf.execute(tables.PUT_ANYWAY, (name, self.now, self.now, gone))
             discarded = (self.known(rows.name), index, self.now, why)
             self.ledger.execute("INSERT OR IGNORE INTO discards VALUES(?, ?, ?, ?)", discarded)
         self.shelf.execute("COMMIT")
@@ -684,7 +691,7 @@ class _Key(KeyRows):
         if not tables.is_discarded(self.name, index, row):
             self._in.seen.clear()
             gone = tables.discarded_row(name, b"" if row is None else row[2] or b"")
-            self._in.shelf.execute(tables.PUT_DISCARDED, (name, now, now, gone))
+            self._in.shelf.execute(tables.PUT_ANYWAY, (name, now, now, gone))
         self._execute("INSERT OR IGNORE INTO discards VALUES(?, ?, ?, ?)", self.number, index, now, why)
 
     def drawn(self) -> IntervalSet:
