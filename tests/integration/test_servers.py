@@ -24,7 +24,7 @@ from cachepipe.proxy.settings import ProxySettings
 from cachepipe.stores.base import Discard
 from cachepipe.stores.remote import checks
 from cachepipe.stores.remote.checks import Unfit, faults
-from cachepipe.stores.remote.engine import Read, Swap, Unreachable
+from cachepipe.stores.remote.engine import Conflict, Read, Swap, Unreachable
 from cachepipe.stores.remote.spool import Spool
 from cachepipe.stores.remote.valkey import ValkeyEngine
 from cachepipe.stores.remote.verify import check
@@ -233,6 +233,24 @@ def test_a_key_is_read_in_turn_by_one_process_until_it_swaps(start):
     assert engine.swap([swap], 1) == [None]
     assert engine.read_in_turn(read, 2) == swap.puts
     assert engine.read_in_turn(read, 1) is None
+    store.close()
+
+
+@pytest.mark.parametrize("kind", ["valkey", "postgres"])
+def test_a_swap_returns_the_samples_that_it_wants_or_writes_nothing(request, kind):
+    store, _ = open_store(request.getfixturevalue(f"new_{kind}_url")())
+    engine = store.session.engine
+    samples = {b"s/0": b"+2345678first", b"s/1": b"+2345678second", b"s/2": b"-2345678gone"}
+    assert engine.swap([Swap("k", b"1", puts=samples), Swap("other", b"2", puts=samples)], 1) == [None, None]
+    wants = [b"s/1", b"s/0"]
+    wanted = {name: samples[name] for name in wants}
+    good = Swap("k", b"3", puts={b"x": b"12345678new"}, wants=wants)
+    lacks = Swap("other", b"4", puts={b"x": b"12345678new"}, wants=[*wants, b"s/3"])
+    assert engine.swap([good, lacks], 1) == [wanted, Conflict({}, wait=False)]
+    assert engine.swap([good], 1) == [wanted], "as it was performed before"
+    discarded = Swap("other", b"5", expected={b"x": None}, puts={b"x": b"12345678new"}, wants=[b"s/2"])
+    assert engine.swap([discarded], 1) == [Conflict({}, wait=False)]
+    assert engine.read([Read(key, [b"x"]) for key in ("k", "other")]) == [{b"x": b"12345678new"}, {}]
     store.close()
 
 

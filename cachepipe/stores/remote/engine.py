@@ -88,6 +88,8 @@ class Swap:
             row was added that was not read.
         wakes: whether those who listen are told, as somebody may wait for what is written.
         changes: whether a draw that was answered before is answered otherwise afterwards; see `Changes`.
+        wants: the fields of samples that were not read. The swap is only performed if they are stored, and
+            not discarded; it then returns their rows.
     """
 
     key: str
@@ -99,6 +101,7 @@ class Swap:
     wakes: bool = False
     changes: bool = False
     whole: int | None = None
+    wants: Sequence[bytes] = ()
 
 
 class Conflict(NamedTuple):
@@ -184,12 +187,15 @@ class Engine(Protocol):
         """
         ...
 
-    def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
-        """Perform each swap whose expected rows are current, as a whole; return None for it.
+    def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | Rows | None]:
+        """Perform each swap whose expected rows are current, as a whole.
 
         Args:
             swaps: the swaps, each of another key.
             who: the lease of the process.
+
+        Returns:
+            For each that was performed the rows that it wants, None if it wants none; else the conflict.
         """
         ...
 

@@ -34,6 +34,7 @@ from cachepipe.stores.remote.engine import (
     no_cache,
 )
 from cachepipe.stores.remote.rows import decoded, encoded
+from cachepipe.stores.tables import GONE
 
 try:
     import psycopg
@@ -247,23 +248,26 @@ class PostgresEngine:
         """Read: swaps of a key wait for each other in the server."""
         return self.read([read])[0]
 
-    def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
-        """Perform each swap whose expected rows are current, as a whole; return None for it.
+    def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | Rows | None]:
+        """Perform each swap whose expected rows are current, as a whole; see ``Engine.swap``.
 
         What is performed is one transaction.
         """
         expected, digests, puts, contents, deletes = _Fields(), _Texts(), _Fields(), _Texts(), _Fields()
+        wants = _Fields()
         for number, swap in enumerate(swaps, 1):
             for name, digest in swap.expected.items():
                 expected.add(number, name)
                 digests.append(digest or b"")
+            for name in swap.wants:
+                wants.add(number, name)
             for name, content in swap.puts.items():
                 puts.add(number, name)
                 contents.append(content)
             for name in swap.deletes:
                 deletes.add(number, name)
         answers = self._ask(
-            "select * from SCHEMA.swap(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
+            f"select * from SCHEMA.swap({', '.join(['%s'] * 18)})",
             [
                 _Texts(encoded(swap.key) for swap in swaps),
                 _Texts(swap.nonce for swap in swaps),
@@ -274,21 +278,26 @@ class PostgresEngine:
                 RECEIPT,
                 *expected,
                 digests,
+                *wants,
+                GONE,
                 *puts,
                 contents,
                 *deletes,
             ],
         )
         conflicts: dict[int, Conflict] = {}
+        wanted: dict[int, Rows] = {number: {} for number, swap in enumerate(swaps, 1) if swap.wants}
         for number, reserved, name, row in answers:
             if name is None:
                 conflicts[number] = Conflict({}, reserved)
-            else:
+            elif number in conflicts:
                 conflicts[number].rows[name] = row
+            else:
+                wanted[number][name] = row
         self._wake(
             [swap.key for number, swap in enumerate(swaps, 1) if swap.wakes and number not in conflicts]
         )
-        return [conflicts.get(number) for number in range(1, len(swaps) + 1)]
+        return [conflicts.get(number) or wanted.get(number) for number in range(1, len(swaps) + 1)]
 
     def rows_of(self, keys: Sequence[str]) -> list[Rows]:
         """Return all rows of each key but the samples."""

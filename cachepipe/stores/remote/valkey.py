@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from cachepipe.errors import FormatError, StoreError
 from cachepipe.loops import PerLoop
+from cachepipe.stores import tables
 from cachepipe.stores.remote.checks import SETTINGS, Unfit, faults, tls_fault, warn_once
 from cachepipe.stores.remote.connections import LISTENS, Connections, keep_open, listen
 from cachepipe.stores.remote.engine import (
@@ -320,18 +321,15 @@ class ValkeyEngine:
         holder, *answers = self._called([reserve, *self._reading([read])])
         return _pages([read], answers)[0] if holder is None or int(holder) == who else None
 
-    def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
-        """Perform each swap whose expected rows are current, as a whole; return None for it."""
+    def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | Rows | None]:
+        """Perform each swap whose expected rows are current, as a whole; see ``Engine.swap``."""
         commands: list[Command] = []
         for swap in swaps:
             names = self._names(swap.key)
             base = names[0][:-1]
             keys = (*names, b"%br:%d" % (base, who), base + b"t")
             commands.append(("FCALL", _SWAP, len(keys), *keys, *self._arguments(swap, who)))
-        return [
-            None if not state else Conflict(_rows([*swap.expected], rows[0]), state == _RESERVED)
-            for swap, (state, *rows) in zip(swaps, self._called(commands), strict=True)
-        ]
+        return [*map(_swapped, swaps, self._called(commands))]
 
     def _arguments(self, swap: Swap, who: int) -> list[bytes | int]:
         found: list[bytes | int] = [swap.nonce, who, int(swap.fair), int(TURN * 1000), int(RECEIPT * 1000)]
@@ -339,7 +337,7 @@ class ValkeyEngine:
         found += [-1 if swap.whole is None else swap.whole, len(swap.expected)]
         for name, digest in swap.expected.items():
             found += (name, digest or b"")
-        found.append(len(swap.puts))
+        found += (len(swap.wants), tables.GONE, *swap.wants, len(swap.puts))
         for name, row in swap.puts.items():
             found += (name, row)
         return found + swap.deletes
@@ -618,6 +616,14 @@ def _server(where: str, info: Mapping[str, Any]) -> Server:
 
 def _rows(fields: Sequence[bytes], rows: Sequence[bytes | None]) -> Rows:
     return {name: row for name, row in zip(fields, rows, strict=True) if row is not None}
+
+
+def _swapped(swap: Swap, answer: Sequence[Any]) -> Conflict | Rows | None:
+    """Return what became of a swap, as the server says it: a state, and the rows of some fields."""
+    state, rows = answer
+    if state:
+        return Conflict(_rows([*swap.expected], rows), state == _RESERVED)
+    return _rows(swap.wants, rows) if swap.wants else None
 
 
 def _numbered(name: bytes) -> int:
