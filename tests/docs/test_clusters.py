@@ -8,10 +8,10 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 
 from cachepipe import valkey_server
@@ -60,7 +60,7 @@ class Slurm:
         self.folder = folder
         self.environment = {
             **os.environ,
-            "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{folder / 'bin'}:{forked.programs()}:{os.environ['PATH']}",
             "TMPDIR": str(folder / "local"),
             "UPSTREAM": upstream.base_url,
             "OPENAI_BASE_URL": upstream.base_url,

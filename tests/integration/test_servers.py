@@ -12,6 +12,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import forked
 import pytest
 from valkey import exceptions
 from valkeys import ValkeyNode
@@ -241,9 +242,8 @@ def test_a_replica_that_takes_over_names_the_history_that_it_continues(start, tm
     replica = ValkeyNode(tmp_path / "replica", replicaof=f"127.0.0.1 {primary.port}")
     store, _ = open_store(primary.url())
     [before] = store.session.engine.servers()
+    replica.wait_until_in_step()
     with replica.client() as client:
-        while client.info("replication")["master_link_status"] != "up":
-            pass
         client.replicaof("NO", "ONE")
     store.close()
     other, _ = open_store(replica.url())
@@ -386,7 +386,7 @@ asyncio.run(main())
 
 def test_c6_what_a_program_has_not_closed_is_written_when_it_ends(start):
     server = start()
-    subprocess.run([sys.executable, "-W", "error", "-c", UNCLOSED, server.url()], check=True, timeout=60)
+    forked.run([sys.executable, "-W", "error", "-c", UNCLOSED, server.url()], check=True, timeout=60)
     store, _ = open_store(server.url(), read_only=True)
     assert [noted.sums.delivered.requests for noted in store.sums()] == [1]
     assert store.totals()["samples"] == 2
