@@ -335,7 +335,7 @@ class StoreMachine(RuleBasedStateMachine):
         if claimed.over or claimed.process not in self.processes:
             return
         key = claimed.draw.key
-        whole = self.complete(claimed)
+        whole = self.there(key, claimed.indices)  # then its part stands, whatever becomes of others
         claimed.over = True
         mine = sorted(claimed.mine)
         had = self.ledger(key).get(claimed.draw, [])
