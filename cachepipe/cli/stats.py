@@ -10,7 +10,7 @@ import click
 
 from cachepipe.accounting import Account, Statement, by_model
 from cachepipe.cli import common
-from cachepipe.cli.common import counted, json_text, opened
+from cachepipe.cli.common import counted, json_text, looking, opened
 from cachepipe.contract.draws import SHARED, label, namespace_of
 from cachepipe.prices import Prices
 from cachepipe.removing import told
@@ -72,7 +72,7 @@ def stats(
     namespaces that ask. Costs in money need the extra cachepipe[prices].
     """
     priced = Prices() if prices is None else Prices.load(prices)
-    with opened(cache) as store:
+    with opened(cache) as store, looking(store):
         each = run_statements(store)
         sums: dict[str, Statement] = {}
         for run in each:
