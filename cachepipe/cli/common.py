@@ -318,6 +318,22 @@ def opened(cache: str | None, *, write: bool = False) -> Iterator[Listed]:
         yield store
 
 
+@contextlib.contextmanager
+def looking(store: Listed) -> Iterator[None]:
+    """Show on a terminal how many questions a listing has looked at, if the store is on a server."""
+    if "://" not in store.where:
+        yield
+        return
+    from cachepipe.progress import counting  # noqa: PLC0415 - only when it is needed
+    from cachepipe.stores.remote.listing import Listing  # noqa: PLC0415 - likewise
+
+    assert isinstance(store, Listing)  # noqa: S101 - only these have URLs
+    with counting() as show:
+        store.looked = lambda count: show("looking at questions", count)
+        yield
+    store.looked = lambda _count: None
+
+
 def is_bundle_file(cache: Path | str) -> bool:
     """Return True if a cache is a bundle, or is named like one."""
     from cachepipe.stores.bundles.reader import is_bundle  # noqa: PLC0415 - help needs no store

@@ -8,7 +8,7 @@ from typing import Any, Final
 import click
 
 from cachepipe.cli import common
-from cachepipe.cli.common import counted, json_text, opened
+from cachepipe.cli.common import counted, json_text, looking, opened
 from cachepipe.figures import ACCOUNTS, stats_of
 from cachepipe.prices import Prices
 from cachepipe.removing import told
@@ -65,7 +65,7 @@ def stats(
     namespaces that ask. Costs in money need the extra cachepipe[prices].
     """
     priced = Prices() if prices is None else Prices.load(prices)
-    with opened(cache) as store:
+    with opened(cache) as store, looking(store):
         figures = stats_of(store, priced, scopes=scopes)
     if not runs:
         figures["runs"] = None

@@ -77,11 +77,14 @@ def perform(ledger: Ledger, operations: Sequence[Operation]) -> list[Result]:
         StoreError: when an operation is refused; then the engine takes the whole transaction back.
     """
     kinds = list(map(type, operations))
+    alike = kinds.count(kinds[0]) == len(kinds) if kinds else False
     if Claim in kinds:
-        claims = [operation for operation in operations if type(operation) is Claim]
+        claims: Any = operations
+        if not alike:
+            claims = [operation for operation in operations if type(operation) is Claim]
         for lease in ledger.prepare(claims):
             _end(ledger, lease)
-    if len({*kinds}) == 1:
+    if alike:
         return _perform_all(ledger, kinds[0], operations)
     order = _commits_first(kinds) if ReleaseHold in kinds else range(len(kinds))
     results: dict[int, Result] = {}
@@ -102,8 +105,7 @@ def _perform_all(ledger: Ledger, kind: type[Operation], operations: Sequence[Any
         return list(_drop_all(ledger, operations))
     if kind is Adopt:
         return list(_adopt_all(ledger, operations))
-    performed = _PERFORM[kind]
-    return [performed(ledger, operation) for operation in operations]
+    return list(map(partial(_PERFORM[kind], ledger), operations))
 
 
 def _commits_first(kinds: list[type[Operation]]) -> list[int]:

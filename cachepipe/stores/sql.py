@@ -133,7 +133,6 @@ class SqlStore(SqlReader, Queued):
 
     def apply_now(self, operations: Sequence[Operation]) -> list[Result] | None:
         """Apply the operations in one transaction; return None at once if that would have to wait."""
-        self._check()
         if self._writer.busy or not self._lock.acquire(blocking=False):
             return None
         try:

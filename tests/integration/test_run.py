@@ -18,6 +18,7 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
+import forked
 import pytest
 from click.testing import CliRunner
 from profiles import sized
@@ -131,7 +132,7 @@ def started(words):
     heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # we may ignore it
     begun = f"{heard}; from cachepipe.cli import main; main()"
     command = [sys.executable, "-c", begun, "run", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with process:
         try:
             yield process
@@ -359,7 +360,7 @@ def test_a_run_under_nohup_goes_on_after_a_hangup(server):
         "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); from cachepipe.cli import main; main()"
     )
     command = [sys.executable, "-c", code, "run", *options(server, limit=3), "--quiet"]
-    with subprocess.Popen(command) as process:
+    with forked.Popen(command) as process:
         server.wait_until(lambda stats: stats.in_flight == 3, 60)
         process.send_signal(signal.SIGHUP)
         pause(server, paused=False)
@@ -785,7 +786,7 @@ def on_terminal(server, cache="cache", **environment):
     command += options(server, n=1, cache=cache)
     ours, theirs = os.openpty()
     shown = b""
-    with subprocess.Popen(
+    with forked.Popen(
         command, stderr=theirs, stdout=theirs, env={**os.environ, "TERM": "xterm", **environment}
     ) as process:
         os.close(theirs)
