@@ -47,10 +47,13 @@ class Prices:
 
     Args:
         given: the prices; None for the table.
+
+    Attributes:
+        given: those prices.
     """
 
     def __init__(self, given: prices.Prices | None = None) -> None:
-        self._given = given or prices.TABLE
+        self.given = given or prices.TABLE
         self._known: dict[Seller, prices.UnitPrices | None] = {}
         self._wanted: set[Seller] = set()
 
@@ -66,7 +69,7 @@ class Prices:
     def learn(self) -> None:
         """Look up the missing prices. Blocks. Thread-safe."""
         for seller in list(self._wanted):
-            self._known[seller] = self._given.unit(*seller)
+            self._known[seller] = self.given.unit(*seller)
             self._wanted.discard(seller)
 
     def cost(self, counts: Mapping[str, int], model: str | None, url: str) -> float | None:

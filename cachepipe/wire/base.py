@@ -3,7 +3,8 @@
 A sample is an answer: exactly the JSON object that the provider would have sent to a call for this sample
 alone. So a sample that is served alone is served byte for byte, and every surface that can read an answer can
 read a sample. The samples of one call share its prompt, which was billed once. Therefore all but the first
-begin with a mark of cachepipe, which `Api.answer` and `Api.answer_bytes` remove.
+begin with a mark of cachepipe, which `Api.answer` and `Api.answer_bytes` remove. A mark also says in which
+pieces a sample of Gemini's was streamed.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ Sample = dict[str, Any]
 """One sample: the answer to a call for this sample alone, perhaps with the mark in front."""
 
 MARK = "cachepipe"
-"""The first name of a sample whose prompt was billed with another sample of the same call."""
+"""The first name of a sample that has a mark."""
 
-_MARKED = {"prompt": "shared"}
-_MARKED_BYTES = b'{"cachepipe":{"prompt":"shared"},'
+_SHARED = {"prompt": "shared"}
+"""The mark of a sample whose prompt was billed with another sample of the same call."""
+_MARKED_BYTES = re.compile(rb'\{"cachepipe":\{(?:"(?:pieces":[][,0-9nul]*|prompt":"shared"),?){0,2}\},')
 
 TRANSPORT_VERSION = 2
 """The version of the lists of transport fields. A change of the lists changes the key format."""
@@ -592,7 +594,18 @@ def text_of(value: Any) -> str:
 
 def marked(sample: Sample) -> Sample:
     """Return a sample with the mark: its prompt was billed with another sample."""
-    return {MARK: _MARKED, **sample}
+    return with_mark(sample, _SHARED)
+
+
+def with_mark(sample: Sample, mark: Mapping[str, Any]) -> Sample:
+    """Return a sample whose mark holds these facts too."""
+    return {MARK: {**mark_of(sample), **mark}, **unmarked(sample)}
+
+
+def mark_of(sample: Body) -> Mapping[str, Any]:
+    """Return the mark of a sample; it is empty if there is none."""
+    mark = sample.get(MARK)
+    return mark if isinstance(mark, Mapping) else {}
 
 
 def unmarked(sample: Sample) -> Sample:
@@ -604,7 +617,8 @@ def unmarked(sample: Sample) -> Sample:
 
 def unmarked_bytes(sample: bytes) -> bytes:
     """Return the JSON of a sample as the provider would have written it."""
-    return b"{" + sample[len(_MARKED_BYTES) :] if sample.startswith(_MARKED_BYTES) else sample
+    mark = _MARKED_BYTES.match(sample)
+    return sample if mark is None else b"{" + sample[mark.end() :]
 
 
 def by_question(samples: Sequence[Sample], questions: int, n: int) -> list[Sequence[Sample]]:
@@ -630,7 +644,7 @@ def by_question(samples: Sequence[Sample], questions: int, n: int) -> list[Seque
 
 def bills_prompt(sample: Body) -> bool:
     """Return True if the prompt of a sample's call was billed with this sample."""
-    return MARK not in sample
+    return "prompt" not in mark_of(sample)
 
 
 def question_document(
@@ -665,6 +679,8 @@ SECRETS: Final = {
 
 def _without_secrets(question: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a question in which digests replace credentials."""
+    if SECRETS.keys().isdisjoint(question):
+        return question
     changed = {
         field: [_item_without_secrets(item, names) for item in items]
         for field, names in SECRETS.items()

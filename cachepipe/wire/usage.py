@@ -15,6 +15,8 @@ from typing import Any
 _OF_SAMPLE = ("completion", "output", "candidates", "thoughts")
 _COSTS = frozenset({"cost", "cost_details", "cost_in_usd_ticks", "estimated_cost"})
 """What a call has cost, as OpenRouter, Perplexity, xAI and DeepInfra report it."""
+_MOST_NANOS = 10**15
+"""A million dollars for one sample cannot be right."""
 OF_QUESTION = ("prompt", "input", "cachedContent", "cacheTokens", "toolUse")
 """The beginnings of the names of counts that belong to the question."""
 _TOTALS = {
@@ -26,6 +28,21 @@ COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens",
 """The names of the counts, for all providers."""
 
 Usage = Mapping[str, Any]
+
+
+def reported_cost(usage: Any) -> int | None:
+    """Return what a provider says that a call has cost, in billionths of a US dollar; None if it does not.
+
+    OpenRouter and DeepInfra report US dollars, Perplexity a ``total_cost`` in them, xAI ten billionths.
+    """
+    if not isinstance(usage, Mapping):
+        return None
+    cost = usage.get("cost", usage.get("estimated_cost"))
+    if isinstance(cost, Mapping):
+        cost = cost.get("total_cost")
+    ticks = usage.get("cost_in_usd_ticks")
+    nanos: float = cost * 1e9 if _is_number(cost) else ticks / 10 if ticks and _is_number(ticks) else -1
+    return round(nanos) if 0 <= nanos < _MOST_NANOS else None
 
 
 def usage_in(answer: Mapping[str, Any]) -> Any:

@@ -207,6 +207,27 @@ def test_a_namespace_that_was_forgotten_is_copied_again_when_it_has_drawn_anew(s
     assert machine.session.local.recall(drawn("a"), 2).indices == [0, 1]
 
 
+def test_a_question_that_was_deleted_is_copied_again_when_it_is_asked_anew(start, store):
+    """Also on a machine that has learnt of the removal; what it read before is not copied."""
+    one, two = start("one"), start("two")
+    two.session.local.sync()
+    assert two.recall(drawn("a"), 2).indices == [0, 1]  # it is to be copied
+    forget(one, "x")
+    forget(one, "y")
+    prune(one)
+    assert one.question(KEY) is None
+    for machine in (one, two):
+        Occurrences()  # a run begins
+        machine.session.local.follow()
+        assert machine.session.local.recall(drawn("a"), 2) is None
+    fill(one, drawn("a"), 2)
+    for machine in (one, two):
+        machine.session.local.follow()
+        assert machine.recall(drawn("a"), 2).indices == [0, 1]
+        machine.session.local.follow()
+        assert machine.session.local.recall(drawn("a"), 2).indices == [0, 1]
+
+
 def test_many_samples_of_one_question_are_deleted(start, store):
     store.write([Withdraw(KEY, [label("x"), label("y")])])
     store.write([Commit(KEY, None, b"extra", {}) for _ in range(1200)])

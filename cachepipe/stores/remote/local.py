@@ -186,6 +186,15 @@ class LocalCopy:
             except Unusable as error:
                 self._fail(error)
 
+    def changed(self, key: str) -> int:
+        """Return the number of the last change of a key that this machine knows; 0 if it knows none."""
+        if not self._left_out:
+            try:
+                return self._copies.changed(key)
+            except Unusable as error:
+                self._fail(error)
+        return 0
+
     # What is to be copied.
 
     def keep(self, draw: Draw, found: Rows) -> None:

@@ -49,9 +49,19 @@ from cachepipe.stores.base import (
     Withdraw,
 )
 from cachepipe.stores.remote import rows
-from cachepipe.stores.remote.book import Book, Known, StoredDraw, ledger
+from cachepipe.stores.remote.book import LASTING, Book, Known, StoredDraw, ledger
 from cachepipe.stores.remote.copies import Copies
-from cachepipe.stores.remote.engine import DIGEST, PENDING, SAMPLE, Engine, Read, Rows, Swap, Unreachable
+from cachepipe.stores.remote.engine import (
+    DIGEST,
+    PENDING,
+    SAMPLE,
+    Conflict,
+    Engine,
+    Read,
+    Rows,
+    Swap,
+    Unreachable,
+)
 from cachepipe.stores.remote.failovers import Watch
 from cachepipe.stores.remote.local import LocalCopy
 from cachepipe.stores.remote.made import MadeDraws
@@ -63,6 +73,7 @@ PATIENCE: Final = 30.0
 """Seconds to wait for an engine that does not answer."""
 
 _REMEMBERED: Final = 4096  # keys whose rows are remembered
+_ROWS: Final = 32  # rows of a key that are remembered longer than for one transaction
 _ALIVE_FOR: Final = 0.25  # seconds for which a process that was found alive counts as alive
 _PAUSES: Final = (0.02, 1.0)  # seconds between two tries of an engine that does not answer: first, last
 _TURN: Final = 0.001  # seconds between two tries of a key that is reserved for another process
@@ -150,6 +161,7 @@ class Session:
         watch: watches the servers, which may lose that.
         ended: whether the last store that used the session was closed.
         expects_new: whether the draws that were claimed last were new, and so probably the next ones.
+        guesses: whether claims are decided on what is remembered: that would have been right the last time.
     """
 
     def __init__(
@@ -190,6 +202,7 @@ class Session:
         self.recent = Recent()
         self.watch = Watch(self.recent)
         self.expects_new = True
+        self.guesses = False
         self._ended = threading.Event()
 
     def inherit(self) -> None:
@@ -355,7 +368,30 @@ class Session:
         return self.asked(lambda: self.engine.read([Read(key, fields)]))[0]
 
     def _read_all(self, key: str) -> Rows:
-        return self.asked(lambda: self.engine.rows_of(key))
+        return self.asked(lambda: self.engine.rows_of([key]))[0]
+
+    def guess(self, key: str, asked: Sequence[Operation]) -> Book | None:
+        """Return what is remembered of a key as if it were all there is; None if that is not worth trying.
+
+        Without a race, a process that makes new draws of a key knows all that decides about them, and a key
+        of which it knows nothing is new. So one round trip is enough if the guess is right.
+        """
+        if not self.guesses or not all(map(_only_reads, asked)) or self._is_contended(key):
+            return None
+        known = dict(self.remembered(key))
+        read_all = partial(self._read_all, key)
+        return Book(key, known, partial(self._read, key), read_all, self, whole=True, guess=True)
+
+    def judge(self, book: Book, asked: Sequence[Operation]) -> None:
+        """Note whether a guess would have been right, from the rows that were read instead."""
+        if all(map(_only_reads, asked)):
+            names = [name for claim in asked for name in _fields_of(claim.draw)]  # type: ignore[union-attr]  # all are claims
+            self.guesses = _agree(self.remembered(book.name), book.known, names)
+
+    def is_stale(self, key: str, book: Book, current: Rows) -> bool:
+        """Return True if what is remembered of a key is not current: another process has swapped it."""
+        known = self.remembered(key)
+        return any(name in known and current.get(name) != known[name] for name in book.shown)
 
     def books(self, reads: Sequence[Read]) -> list[Book]:
         """Return the rows of keys, read in one round trip."""
@@ -368,13 +404,16 @@ class Session:
         A key that is contended is first reserved, as a decision on its rows would be in vain if another
         process swapped them meanwhile. Only one is: nobody waits for a key while it keeps others waiting.
         """
-        contended = len(reads) == 1 and self._contended.get(reads[0].key, 0.0) > time.monotonic()
+        contended = len(reads) == 1 and self._is_contended(reads[0].key)
         while contended:
             page = self.asked(lambda: self.engine.read_in_turn(reads[0], self.lease()))
             if page is not None:
                 return [page]
             self.pause()
         return self.asked(lambda: self.engine.read(reads))
+
+    def _is_contended(self, key: str) -> bool:
+        return self._contended.get(key, 0.0) > time.monotonic()
 
     def lost_race(self, key: str) -> None:
         """Note that another process has swapped a key meanwhile, or has reserved it."""
@@ -438,9 +477,9 @@ class Session:
                     return
                 book.announced(self.announce([key])[0])
                 who = self.lease()
-                [conflict] = self.asked(lambda swap=swap, who=who: self.engine.swap([swap], who))  # type: ignore[misc]
+                [answer] = self.asked(lambda swap=swap, who=who: self.engine.swap([swap], who))  # type: ignore[misc]
                 self.remember(key, None)
-                if conflict is None:
+                if not isinstance(answer, Conflict):
                     return
         raise StoreError(f"key {key} is changed all the time by others; try again")
 
@@ -579,9 +618,12 @@ class Session:
         return self._remembered.get(key, {})
 
     def remember(self, key: str, known: Known | None) -> None:
-        """Remember the rows of a key, or nothing of it."""
-        self._remembered.pop(key, None)
+        """Remember the rows of a key after a transaction, or nothing of it."""
+        before = self._remembered.pop(key, None)
         if known is not None:
+            if before:
+                lasting = [each for each in before.items() if each[0][:2] in LASTING and each[0] not in known]
+                known = {**dict(lasting[-_ROWS:]), **known}
             self._remembered[key] = known
             if len(self._remembered) > _REMEMBERED:
                 self._remembered.popitem(last=False)
@@ -610,11 +652,11 @@ class _Transaction:
             self._grant_known()
             if not self._places:
                 return self._results
-        decided = [self._decide(book) for book in self._begin()]
-        swaps = {book.name: (book, swap) for book, swap in decided if swap is not None}
-        for book, swap in decided:
-            if swap is None:
-                session.remember(book.name, book.written())
+            swaps = self._decided(self._begin([*self._places]))
+        else:
+            guesses = {key: session.guess(key, self._of(key)) for key in self._places}
+            guessed = [book for book in guesses.values() if book is not None]
+            swaps = self._decided([*guessed, *self._begin([key for key in guesses if guesses[key] is None])])
         try:
             while swaps:
                 swaps = self._swap(swaps)
@@ -663,12 +705,15 @@ class _Transaction:
         del self._places[read.key]
         return True
 
-    def _begin(self) -> list[Book]:
-        """Return the books of the other keys, with what their operations will probably need."""
+    def _begin(self, keys: Iterable[str]) -> list[Book]:
+        """Return the books of keys, with what their operations will probably need.
+
+        Claims that prove to be of known draws are granted instead.
+        """
         session = self._session
         books: dict[str, Book] = {}
         reads: list[Read] = []
-        for key in self._places:
+        for key in keys:
             read = _plan(session, key, self._of(key))
             if read is None:
                 books[key] = session.book(key)
@@ -680,6 +725,8 @@ class _Transaction:
             read_now = {
                 read.key: session.book(read.key, page, read.fields) for read, page in self._read(reads, pages)
             }
+            for book in read_now.values():
+                session.judge(book, self._of(book.name))
             self._read_more(read_now, guessed=guessed)
             books |= read_now
         return list(books.values())
@@ -698,6 +745,17 @@ class _Transaction:
             books[read.key].learn(dict.fromkeys(read.fields) | page)
 
     # Deciding and writing.
+
+    def _decided(self, books: Iterable[Book]) -> dict[str, tuple[Book, Swap]]:
+        """Decide on the rows of keys; return what is to be swapped."""
+        swaps: dict[str, tuple[Book, Swap]] = {}
+        for each in books:
+            book, swap = self._decide(each)
+            if swap is None:
+                self._session.remember(book.name, book.written())
+            else:
+                swaps[book.name] = book, swap
+        return swaps
 
     def _decide(self, book: Book) -> tuple[Book, Swap | None]:
         """Perform the operations of a key on its rows; return what is to be swapped."""
@@ -726,23 +784,68 @@ class _Transaction:
         who = session.lease()
         wanted = [swap for _, swap in swaps.values()]
         self._announce([book for book, swap in swaps.values() if swap.changes])
+        self._number(book for book, _ in swaps.values() if book.begins)
         found = session.asked(lambda: session.engine.swap(wanted, who))
         again: dict[str, tuple[Book, Swap]] = {}
+        wrong: list[str] = []  # keys whose guesses were wrong
         waits = False
-        for (key, (book, swap)), conflict in zip(list(swaps.items()), found, strict=True):
-            if conflict is None:
+        for (key, (book, swap)), answer in zip(list(swaps.items()), found, strict=True):
+            if not isinstance(answer, Conflict):
+                if not self._fulfilled(book, answer or {}):
+                    wrong.append(key)
+                    continue
                 if not key.startswith(RUN):
                     session.recent.note(key, swap, book.ids())
-                session.remember(key, book.written())
+                if book.guess:
+                    session.expects_new = bool(swap.puts)
                 del swaps[key]  # whatever happens to the others
                 continue
-            waits = waits or conflict.wait
-            session.lost_race(key)
-            if (next_swap := self._again(session.again(book, conflict.rows))) is not None:
+            waits = waits or answer.wait
+            if answer.wait or not book.guess or session.is_stale(key, book, answer.rows):
+                session.lost_race(key)
+            if book.guess:
+                session.remember(key, book.corrected(answer.rows))
+                wrong.append(key)
+                continue
+            if (next_swap := self._again(session.again(book, answer.rows))) is not None:
                 again[key] = next_swap
         if waits:
             session.pause()
-        return again
+        return again | self._guessed_wrong(wrong)
+
+    def _fulfilled(self, book: Book, found: Rows) -> bool:
+        """Remember what a swap has written, and put the samples that it wanted into the grants.
+
+        Return False if one of them is not there any more.
+        """
+        try:
+            samples = book.fulfil(found)
+        except StoreError as error:
+            self._fail(book.name, error)
+            return True
+        self._session.remember(book.name, book.written())
+        if samples:
+            for place in self._places[book.name]:
+                grant = self._results[place]
+                grant.samples = [each and samples.get(each.index, each) for each in grant.samples]
+        return samples is not None
+
+    def _guessed_wrong(self, keys: Sequence[str]) -> dict[str, tuple[Book, Swap]]:
+        """Decide on rows that are read instead; return what is to be swapped next."""
+        if not keys:
+            return {}
+        try:
+            books = self._begin(keys)
+        except StoreUnreachable:
+            raise
+        except StoreError as error:
+            if len(keys) > 1:  # the others may be without fault
+                return {name: swap for key in keys for name, swap in self._guessed_wrong([key]).items()}
+            self._fail(keys[0], error)
+            return {}
+        self._session.guesses = False
+        again = {book.name: self._again(book) for book in books}
+        return {key: swap for key, swap in again.items() if swap is not None}
 
     def _announce(self, books: Sequence[Book]) -> None:
         """Announce what is about to change, so that copies of it are not used any more."""
@@ -750,6 +853,17 @@ class _Transaction:
             numbers = self._session.announce([book.name for book in books])
             for book, number in zip(books, numbers, strict=True):
                 book.announced(number)
+
+    def _number(self, books: Iterable[Book]) -> None:
+        """Write the number of the last known change of a question that was deleted and is asked anew.
+
+        Without it, machines that have learnt of the removal would take the new rows for those before it.
+        """
+        local = self._session.local
+        if local is not None:
+            for book in books:
+                if number := local.changed(book.name):
+                    book.announced(number)
 
     def _again(self, book: Book) -> tuple[Book, Swap] | None:
         """Decide again on current rows; return what is to be swapped, or None if that is nothing."""
@@ -766,9 +880,24 @@ class _Transaction:
         return book, swap
 
     def _fail(self, key: str, error: StoreError) -> None:
-        for place in self._places[key]:
+        for place in self._places.get(key, ()):  # what was granted stays so
             self._results[place] = error
         self._session.remember(key, None)
+
+
+def _agree(remembered: Known, found: Known, names: Iterable[bytes]) -> bool:
+    """Return True if rows that were read are as a guess would have had them.
+
+    Args:
+        remembered: the rows that were remembered.
+        found: the rows that were read.
+        names: the fields that new draws add.
+    """
+    if remembered.get(rows.KNOWN) is None:
+        as_before = found.get(rows.KNOWN) is None
+    else:
+        as_before = all(found.get(name, row) == row for name, row in remembered.items())
+    return as_before and all(found.get(name) == remembered.get(name) for name in names)
 
 
 def _has_free(draw: Draw, found: Mapping[bytes, bytes | None]) -> bool:

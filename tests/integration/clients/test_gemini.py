@@ -200,7 +200,7 @@ def test_chats_are_cached(make, server):
         said = [chat.send_message("hello").text]
         said.append(joined(chat.send_message_stream("and then?")))
         said.append(chat.send_message("and then?").text)  # its history has the chunks of the stream
-        return said
+        return said, chat.get_history()
 
     first = talk(client)
     assert talk(client.in_namespace("b")) == first
