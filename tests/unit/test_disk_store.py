@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 
 import diskcache
+import forked
 import pytest
 
 from cachepipe import (
@@ -515,14 +516,14 @@ def open_folder():
 def test_a_folder_that_cannot_be_written_serves_hits_and_says_why_it_cannot_store(open_folder, wal):
     """For real: by a process of a user who may not write."""
     if wal:
-        subprocess.run([sys.executable, "-c", WRITER, str(open_folder)], check=False)
+        forked.run([sys.executable, "-c", WRITER, str(open_folder)], check=False)
         assert (open_folder / "cache.db-wal").stat().st_size > 0
     else:
         asked(open_folder, "known", model=Model("known!"))
     for path in (open_folder, *open_folder.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
     before = sorted((path.name, path.stat().st_mtime_ns) for path in open_folder.rglob("*"))
-    process = subprocess.run(
+    process = forked.run(
         [sys.executable, "-c", READER, str(open_folder)], capture_output=True, text=True, check=False
     )
     assert process.returncode == 0, process.stderr
@@ -614,7 +615,7 @@ sys.stdin.readline()
 
 def test_eight_processes_make_one_folder_at_once(folder):
     processes = [
-        subprocess.Popen(
+        forked.Popen(
             [sys.executable, "-W", "error", "-c", CREATOR, str(folder), str(number)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -684,7 +685,7 @@ print(json.dumps([first, theirs, ours, os.getpid()]))
 
 def test_a_forked_child_uses_the_store_and_is_another_run(folder):
     """It replays its parent's first draw, and the parent goes on undisturbed."""
-    process = subprocess.run(
+    process = forked.run(
         [sys.executable, "-W", "ignore", "-c", FORK, str(folder)], capture_output=True, text=True, check=False
     )
     assert process.returncode == 0, process.stderr
@@ -734,7 +735,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def test_a_child_forked_in_mid_call_awaits_the_sample_of_its_parent(folder):
-    process = subprocess.run(
+    process = forked.run(
         [sys.executable, "-W", "ignore", "-c", FORK_IN_FLIGHT, str(folder)],
         capture_output=True,
         text=True,
@@ -912,7 +913,7 @@ def test_a_folder_opened_twice_is_still_open_for_other_processes(tmp_path):
     asked(store, "known")
     DiskStore(tmp_path).close()
     code = "import sys, cachepipe; cachepipe.DiskStore(sys.argv[1]).close()"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
+    forked.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
     logs = sorted(path.name for path in tmp_path.glob("*-wal"))
     store.close()
     assert logs == ["cache.db-wal", "ledger.cache.db-wal"]
