@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import signal
 import sqlite3
+import sys
 from itertools import count
 from pathlib import Path
 
+import forked
 import pytest
 from click.testing import CliRunner
-from forked import Interpreter
 from profiles import sized
 
 from cachepipe import DiskStore, LostSamples, OnlineAPI, Request, Response
@@ -73,15 +73,6 @@ else:
 for what in steps:
     print(what)
 """
-MODULES = (
-    "openai",
-    "cachepipe.models.openai",
-    "cachepipe.importers.cachesaver",
-    "cachepipe.importers.openai_batch",
-    "cachepipe.stores.remote.valkey",
-)
-
-
 CACHESAVER = Path(__file__).parents[1] / "data" / "cachesaver" / "cache"
 
 
@@ -188,11 +179,11 @@ def verified(cache):
 SOURCES = {"bundle": bundle_in, "batch": batch_in, "cachesaver": cachesaver_in}
 
 
-@pytest.fixture(scope="module")
-def interpreter(tmp_path_factory):
-    made = Interpreter(tmp_path_factory.mktemp("interpreter"), *MODULES)
-    yield made
-    made.close()
+def run(*arguments):
+    """Run the script in a process of its own; return its exit code, its output and its errors."""
+    words = [sys.executable, "-W", "error", "-c", SCRIPT, *arguments]
+    done = forked.run(words, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(params=["folder", "server"])
@@ -214,37 +205,36 @@ def new(request, tmp_path):
 
 @pytest.mark.parametrize("kind", SOURCES)
 def test_c7_an_import_that_was_killed_leaves_a_sound_cache_and_the_same_import_completes_it(
-    kind, new, interpreter, tmp_path, monkeypatch
+    kind, new, tmp_path, monkeypatch
 ):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     sources = SOURCES[kind](tmp_path)
 
-    def run(cache, at):
-        code, told, errors = interpreter.run(SCRIPT, kind, cache, str(at), *sources, seconds=60)
+    def imported(cache, at):
+        code, told, errors = run(kind, cache, str(at), *sources)
         assert code == (-signal.SIGKILL if at else 0), errors
         return told
 
     whole, told = new(), []
-    steps = run(whole, 0).splitlines()
+    steps = imported(whole, 0).splitlines()
     last = len(steps) - 4  # a server is asked for much before it gets anything
     if "send" not in steps:  # of the last transaction, the samples are there and the ledger is not
         last = len(steps) - steps[::-1].index("after a commit of samples")
     for number in sized([last], sorted({*range(1, last, max(1, last // 10)), last})):
         cache = new()
-        run(cache, number)
+        imported(cache, number)
         told.append(contents(cache))
         assert not verified(cache), number
-        run(cache, 0)
+        imported(cache, 0)
         assert not verified(cache), number
         assert contents(cache) == contents(whole)
     assert any(each and each != contents(whole) for each in told)  # it was killed midway
 
 
-def test_c12_what_a_killed_import_has_left_is_removed_when_the_cache_is_opened(interpreter, tmp_path):
+def test_c12_what_a_killed_import_has_left_is_removed_when_the_cache_is_opened(tmp_path):
     sources, cache = bundle_in(tmp_path), str(tmp_path / "cache")
     asyncio.run(fill(cache, ("mine", 1, "mine")))
-    run = functools.partial(interpreter.run, SCRIPT, "bundle", seconds=60)
-    code, _, errors = run(cache, "after a commit of samples", *sources)
+    code, _, errors = run("bundle", cache, "after a commit of samples", *sources)
     assert code == -signal.SIGKILL, errors
     rows = sqlite3.connect(tmp_path / "cache" / "cache.db")
     count_rows = "SELECT count(*) FROM Cache"
