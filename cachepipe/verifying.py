@@ -12,7 +12,7 @@ from typing import NamedTuple
 from cachepipe import sharing
 from cachepipe.errors import BundleError, StoreError
 from cachepipe.portal import submit
-from cachepipe.stores import cache_for, repair
+from cachepipe.stores import cache_for, folders, repair
 from cachepipe.stores import verify as stored
 from cachepipe.stores.bundles.reader import is_bundle
 from cachepipe.stores.remote import is_url
@@ -52,9 +52,12 @@ def verify(cache: str | os.PathLike[str] | None = None, *, repair: bool = False)
     found = cache_for(cache)
     if not isinstance(found, str | os.PathLike):
         raise StoreError(f"a folder, a URL or a bundle can be checked; got {found!r:.200}")
-    if not is_url(str(found)) and not Path(found).exists():
-        raise StoreError(f"there is no cache at {os.fspath(found)}")
-    return check(os.fspath(found), repairs=repair).report
+    if is_url(str(found)):
+        return check(str(found), repairs=repair).report
+    path = folders.expanded(found)
+    if not path.exists():
+        raise StoreError(f"there is no cache at {path}")
+    return check(str(path), repairs=repair).report
 
 
 def check(
@@ -67,7 +70,7 @@ def check(
     """Check a cache that exists, and repair it if asked.
 
     Args:
-        cache: a folder, a URL or a bundle.
+        cache: the absolute path of a folder or a bundle, or a URL.
         repairs: whether what can be repaired is repaired.
         rows: shows how far the check of a folder is.
         counting: returns a context manager whose value gets what is being done, and how many questions are

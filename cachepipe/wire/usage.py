@@ -197,7 +197,7 @@ def token_counts(usage: Any) -> dict[str, int | None]:
     Gemini's counts of the prompt and the candidates include neither the results of its tools nor thoughts;
     ``prompt_tokens`` and ``completion_tokens`` here do.
     """
-    if not isinstance(usage, Mapping):
+    if type(usage) is not dict and not isinstance(usage, Mapping):
         return dict.fromkeys(COUNTS)
     if "promptTokenCount" in usage or "totalTokenCount" in usage:
         return _of_gemini(usage)
@@ -232,7 +232,7 @@ def _of_gemini(usage: Usage) -> dict[str, int | None]:
 def _first(parts: Sequence[Any], *names: str) -> int | None:
     """Return the first integer with one of these names in those parts of a usage that are mappings."""
     for part in parts:
-        for name in names if isinstance(part, Mapping) else ():
+        for name in names if type(part) is dict or isinstance(part, Mapping) else ():
             value = part.get(name)
             if isinstance(value, int):
                 return value

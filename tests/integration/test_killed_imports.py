@@ -168,12 +168,11 @@ def contents(cache):
 SOURCES = {"bundle": bundle_in, "batch": batch_in, "cachesaver": cachesaver_in}
 
 
-def ran(kind, cache, at, sources):
-    """Run an import that is killed at a step, by its number or name; return its exit code and steps."""
-    words = [sys.executable, "-c", SCRIPT, kind, str(cache), str(at), *sources]
+def run(*arguments):
+    """Run the script in a process of its own; return its exit code, its output and its errors."""
+    words = [sys.executable, "-W", "error", "-c", SCRIPT, *arguments]
     done = forked.run(words, capture_output=True, text=True)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode, done.stdout.splitlines()
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(params=["folder", "server"])
@@ -200,22 +199,22 @@ def test_c7_an_import_that_was_killed_leaves_a_sound_cache_and_the_same_import_c
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     sources = SOURCES[kind](tmp_path)
 
-    def run(cache, at):
-        code, steps = ran(kind, cache, at, sources)
-        assert code == (-signal.SIGKILL if at else 0)
-        return steps
+    def imported(cache, at):
+        code, told, errors = run(kind, cache, str(at), *sources)
+        assert code == (-signal.SIGKILL if at else 0), errors
+        return told
 
     whole, told = new(), []
-    steps = run(whole, 0)
+    steps = imported(whole, 0).splitlines()
     last = len(steps) - 4  # a server is asked for much before it gets anything
     if "send" not in steps:  # of the last transaction, the samples are there and the ledger is not
         last = len(steps) - steps[::-1].index("after a commit of samples")
     for number in sized([last], sorted({*range(1, last, max(1, last // 10)), last})):
         cache = new()
-        run(cache, number)
+        imported(cache, number)
         told.append(contents(cache))
         assert verify(cache).problems == {}, number
-        run(cache, 0)
+        imported(cache, 0)
         assert verify(cache).problems == {}, number
         assert contents(cache) == contents(whole)
     assert any(each and each != contents(whole) for each in told)  # it was killed midway
@@ -224,7 +223,8 @@ def test_c7_an_import_that_was_killed_leaves_a_sound_cache_and_the_same_import_c
 def test_c12_what_a_killed_import_has_left_is_removed_when_the_cache_is_opened(tmp_path):
     sources, cache = bundle_in(tmp_path), str(tmp_path / "cache")
     asyncio.run(fill(cache, ("mine", 1, "mine")))
-    assert ran("bundle", cache, "after a commit of samples", sources)[0] == -signal.SIGKILL
+    code, _, errors = run("bundle", cache, "after a commit of samples", *sources)
+    assert code == -signal.SIGKILL, errors
     rows = sqlite3.connect(tmp_path / "cache" / "cache.db")
     count_rows = "SELECT count(*) FROM Cache"
     [(left,)] = rows.execute(count_rows)
