@@ -142,6 +142,7 @@ if TYPE_CHECKING:
     )
     from cachepipe.experiments import Experiment as Experiment
     from cachepipe.experiments import experiment as experiment
+    from cachepipe.figures import stats as stats
     from cachepipe.flow import (
         AsyncLimiter as AsyncLimiter,
     )
@@ -260,6 +261,7 @@ _HOMES = {
     ),
     "cachepipe.flow": ("AsyncLimiter", "AsyncRetrier", "Budget", "Limits", "Retries"),
     "cachepipe.pipelines": ("LocalAPI", "OnlineAPI", "OrderedLocalAPI"),
+    "cachepipe.figures": ("stats",),
     "cachepipe.removing": ("compact", "discard", "forget", "prune"),
     "cachepipe.runs": ("run",),
     "cachepipe.services": ("Service", "Services"),

@@ -53,6 +53,10 @@ class IntervalSet:
     def __iter__(self) -> Iterator[Interval]:
         return zip(self._starts, self._stops, strict=True)
 
+    def intervals(self) -> list[Interval]:
+        """Return the intervals, in order."""
+        return [*zip(self._starts, self._stops, strict=True)]
+
     def __len__(self) -> int:
         return len(self._starts)
 

@@ -249,8 +249,8 @@ class Ledger(ABC):
         return self.draw(draw)
 
     @abstractmethod
-    def put(self, samples: Sequence[tuple[str, Sample]]) -> bool:
-        """Store samples with their keys, durably; return False, and store none, if an index has one."""
+    def put(self, samples: Sequence[tuple[str, Sample]]) -> None:
+        """Store samples with their keys, durably, at indices that are not listed."""
 
     @abstractmethod
     def store(self, key: str, sample: Sample) -> bool:

@@ -222,9 +222,14 @@ class MemoryEngine:
             self._receipts.clear()
             self._turns.clear()
 
-    def rows_of(self, key: str) -> Rows:
-        """Return all rows of a key but the samples."""
-        return dict(self.scan(key)).get(key, {})
+    def rows_of(self, keys: Sequence[str]) -> list[Rows]:
+        """Return all rows of each key but the samples."""
+        self._called()
+        with self._lock:
+            return [
+                {name: row for name, row in self.rows.get(key, {}).items() if not name.startswith(SAMPLE)}
+                for key in keys
+            ]
 
     def samples_of(self, key: str) -> list[bytes]:
         """Return the fields of all samples of a key."""
@@ -235,6 +240,7 @@ class MemoryEngine:
     def scan(self, prefix: str, fields: Sequence[bytes] = ()) -> Iterator[tuple[str, Rows]]:
         """Iterate over the keys with a prefix, without the samples."""
         self._called()
+        kinds = tuple(name for name in fields if name.endswith(b"/"))
         with self._lock:
             found = [
                 (
@@ -242,7 +248,11 @@ class MemoryEngine:
                     {
                         name: row
                         for name, row in there.items()
-                        if (name in fields if fields else not name.startswith(SAMPLE))
+                        if (
+                            name in fields or name.startswith(kinds)
+                            if fields
+                            else not name.startswith(SAMPLE)
+                        )
                     },
                 )
                 for key, there in self.rows.items()

@@ -679,6 +679,8 @@ SECRETS: Final = {
 
 def _without_secrets(question: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a question in which digests replace credentials."""
+    if SECRETS.keys().isdisjoint(question):
+        return question
     changed = {
         field: [_item_without_secrets(item, names) for item in items]
         for field, names in SECRETS.items()

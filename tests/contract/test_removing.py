@@ -471,7 +471,7 @@ def test_a_damaged_record_is_found(folder):
     if isinstance(folder, str):
         with contextlib.closing(open_store(folder)[0]) as store:
             engine, key = store.session.engine, "~removals"
-            [(name, row)] = engine.rows_of(key).items()
+            [(name, row)] = engine.rows_of([key])[0].items()
             engine.swap([Swap(key, b"damage", puts={name: row[:-1] + b" "})], 1)
     else:
         with contextlib.closing(sqlite3.connect(folder / "ledger.cache.db")) as ledger, ledger:

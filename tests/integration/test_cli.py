@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from click.testing import CliRunner
 
@@ -85,7 +86,7 @@ def listed(*arguments):
 
 
 def process(*arguments, **options):
-    return subprocess.run(
+    return forked.run(
         [sys.executable, "-m", "cachepipe", *arguments],
         capture_output=True,
         text=True,
@@ -708,7 +709,7 @@ def test_text_that_the_output_cannot_hold_is_written_out(tmp_path):
 @pytest.mark.parametrize("words", [["ls"], ["stats"], ["path"]])
 def test_an_output_that_cannot_be_written_is_one_sentence(cache, words):
     with Path("/dev/full").open("w") as full:
-        ran = subprocess.run(
+        ran = forked.run(
             [sys.executable, "-m", "cachepipe", *words, "--cache", cache],
             stdout=full,
             stderr=subprocess.PIPE,
@@ -726,7 +727,7 @@ def test_an_output_that_cannot_be_written_is_one_sentence(cache, words):
 def test_a_reader_that_goes_away_ends_the_listing_quietly(cache):
     reading, writing = os.pipe()
     os.close(reading)
-    ran = subprocess.run(
+    ran = forked.run(
         [sys.executable, "-m", "cachepipe", "ls", "--cache", cache],
         stdout=writing,
         stderr=subprocess.PIPE,

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 
+import forked
 import inside
 import pytest
 from valkeys import ValkeyCluster, ValkeyNode
@@ -103,7 +104,7 @@ class Storm:
 
     def start(self, name):
         numbers = map(str, (self.count, self.questions, AT_ONCE))
-        process = subprocess.Popen(
+        process = forked.Popen(
             [sys.executable, "-c", WORKER, self.url, str(self.log), *name, *numbers],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -335,7 +335,7 @@ class StoreMachine(RuleBasedStateMachine):
         if claimed.over or claimed.process not in self.processes:
             return
         key = claimed.draw.key
-        whole = self.complete(claimed)
+        whole = self.there(key, claimed.indices)  # then its part stands, whatever becomes of others
         claimed.over = True
         mine = sorted(claimed.mine)
         had = self.ledger(key).get(claimed.draw, [])
@@ -347,10 +347,10 @@ class StoreMachine(RuleBasedStateMachine):
         for index in mine:
             if self.pending.get((key, index)) is claimed.process:
                 del self.pending[key, index]
-        if claimed.before is not None and not whole and not self.holders(claimed.draw):
+        left = self.ledger(key).get(claimed.draw, [])
+        if claimed.before is not None and left != had:  # the refresh is undone
             now = self.delivered.get(claimed.draw, [])
             self.delivered[claimed.draw] = now + claimed.before[len(now) :]
-        left = self.ledger(key).get(claimed.draw, [])
         if self.there(key, had):
             assert left == had, "once all its samples are stored a draw stands"
         elif not whole and not self.holders(claimed.draw):

@@ -724,12 +724,9 @@ class _Ledger(Ledger):
         self._asked(entry.scope, entry.document, at)
         return _Rows(self._book)
 
-    def put(self, samples: Sequence[tuple[str, Sample]]) -> bool:
-        if any(self._book.row(rows.numbered(SAMPLE, sample.index)) is not None for _, sample in samples):
-            return False
+    def put(self, samples: Sequence[tuple[str, Sample]]) -> None:
         for _, sample in samples:
             self._book.put_sample(sample)
-        return True
 
     def draw(self, draw: Draw) -> _Rows:
         return _Rows(self._book, draw)

@@ -255,8 +255,8 @@ class Engine(Protocol):
         """Return the servers that are written to now. One with another history may have lost writes."""
         ...
 
-    def rows_of(self, key: str) -> Rows:
-        """Return all rows of a key but the samples."""
+    def rows_of(self, keys: Sequence[str]) -> list[Rows]:
+        """Return all rows of each key but the samples, as of one moment per key."""
         ...
 
     def samples_of(self, key: str) -> list[bytes]:
@@ -266,7 +266,8 @@ class Engine(Protocol):
     def scan(self, prefix: str, fields: Sequence[bytes] = ()) -> Iterator[tuple[str, Rows]]:
         """Iterate over the keys with a prefix, in any order, with all rows but the samples.
 
-        With fields, only these rows are read. A key that is written meanwhile may come twice.
+        With fields, only these rows are read; a field that ends with ``/`` stands for all that begin with it.
+        A key that is written meanwhile may come twice.
         """
         ...
 

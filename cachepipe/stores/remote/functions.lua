@@ -63,6 +63,36 @@ local function read(keys, args)
   return {rows, more}
 end
 
+-- some: fields, and beginnings of fields that end with a slash ...
+-- Returns the fields and rows that there are, apart from samples.
+local function some(keys, args)
+  local found, wanted = {}, {}
+  for _, field in ipairs(args) do
+    if field == 'p/' then
+      found = redis.call('HGETALL', keys[3])
+    elseif string.sub(field, -1) == '/' then
+      wanted[field] = true
+    end
+  end
+  local fields = {}
+  if next(wanted) then
+    for _, field in ipairs(redis.call('HKEYS', keys[1])) do
+      if wanted[string.sub(field, 1, 2)] then fields[#fields + 1] = field end
+    end
+  end
+  for _, field in ipairs(args) do
+    if string.sub(field, -1) ~= '/' then fields[#fields + 1] = field end
+  end
+  for _, field in ipairs(fields) do
+    local row = redis.call('HGET', keys[1], field)
+    if row then
+      found[#found + 1] = field
+      found[#found + 1] = row
+    end
+  end
+  return found
+end
+
 -- swap: KEYS also has the receipt of the process, and the turn.
 -- ARGV: nonce, process, fair?, milliseconds of a turn, milliseconds of a receipt or 0 for none, channel, key,
 -- count of rows or -1 if that does not matter, count, fields and digests ...,
@@ -111,4 +141,5 @@ local function swap(keys, args)
 end
 
 redis.register_function{function_name = 'cachepipe1_read', callback = read, flags = {'no-writes'}}
+redis.register_function{function_name = 'cachepipe1_some', callback = some, flags = {'no-writes'}}
 redis.register_function('cachepipe1_swap', swap)

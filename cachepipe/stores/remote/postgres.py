@@ -299,12 +299,15 @@ class PostgresEngine:
         )
         return [conflicts.get(number) or wanted.get(number) for number in range(1, len(swaps) + 1)]
 
-    def rows_of(self, key: str) -> Rows:
-        """Return all rows of a key but the samples."""
-        found = self._ask(
-            "select coalesce(long, field), content from SCHEMA.ledger where key = %s", [encoded(key)]
-        )
-        return dict(found)
+    def rows_of(self, keys: Sequence[str]) -> list[Rows]:
+        """Return all rows of each key but the samples."""
+        names = [encoded(key) for key in keys]
+        there: dict[bytes, Rows] = {name: {} for name in names}
+        for key, field, content in self._ask(
+            "select key, coalesce(long, field), content from SCHEMA.ledger where key = any (%s)", [names]
+        ):
+            there[key][field] = content
+        return [there[name] for name in names]
 
     def samples_of(self, key: str) -> list[bytes]:
         """Return the fields of all samples of a key, in any order."""
@@ -315,6 +318,8 @@ class PostgresEngine:
         """Iterate over the keys with a prefix, in order, with all rows but the samples, or some of them."""
         first = encoded(prefix)
         end = first[:-1] + bytes([first[-1] + 1]) if first else None  # UTF-8 has no byte 255
+        exact = [name for name in fields if not name.endswith(b"/")]
+        kinds = [name for name in fields if name.endswith(b"/")]  # of a letter each
         last: bytes | None = None
         while True:
             page: dict[bytes, Rows] = {}
@@ -322,9 +327,10 @@ class PostgresEngine:
                 "select k.key, coalesce(l.long, l.field), l.content from ("
                 "select key from SCHEMA.keys where key >= %s and (%s::bytea is null or key < %s) and "
                 "(%s::bytea is null or key > %s) order by key limit %s"
-                ") as k left join SCHEMA.ledger l on l.key = k.key and (%s or l.field = any (%s)) "
-                "order by k.key",
-                [first, end, end, last, last, _PAGE, not fields, [*fields]],
+                ") as k left join SCHEMA.ledger l on l.key = k.key and "
+                "(%s or l.field = any (array(select SCHEMA.short(f) from unnest(%s::bytea[]) f)) or "
+                "substring(l.field, 1, 2) = any (%s)) order by k.key",
+                [first, end, end, last, last, _PAGE, not fields, exact, kinds],
             ):
                 there = page.setdefault(key, {})
                 if name is not None:

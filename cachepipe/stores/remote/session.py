@@ -377,7 +377,7 @@ class Session:
         return self.asked(lambda: self.engine.read([Read(key, fields)]))[0]
 
     def _read_all(self, key: str) -> Rows:
-        return self.asked(lambda: self.engine.rows_of(key))
+        return self.asked(lambda: self.engine.rows_of([key]))[0]
 
     def guess(self, key: str, asked: Sequence[Operation], *, waits: bool = True) -> Book | None:
         """Return what is remembered of a key as if it were all there is; None if that is not worth trying.

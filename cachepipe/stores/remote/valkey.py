@@ -52,6 +52,7 @@ FORMAT: Final = 1
 """The version of the rows and keys on the server."""
 
 _READ: Final = "cachepipe1_read"
+_SOME: Final = "cachepipe1_some"
 _SWAP: Final = "cachepipe1_swap"
 _AT_ONCE: Final = 1000  # commands that travel together
 _PAGE: Final = 100  # keys whose rows are read in one round trip
@@ -360,9 +361,9 @@ class ValkeyEngine:
             found += (name, row)
         return found + swap.deletes
 
-    def rows_of(self, key: str) -> Rows:
-        """Return all rows of a key but the samples."""
-        return self._all([self._names(key)[0]])[0]
+    def rows_of(self, keys: Sequence[str]) -> list[Rows]:
+        """Return all rows of each key but the samples."""
+        return self._all([self._names(key)[0] for key in keys])
 
     def samples_of(self, key: str) -> list[bytes]:
         """Return the fields of all samples of a key, in any order."""
@@ -390,6 +391,9 @@ class ValkeyEngine:
         """Return the rows of fields in hashes; all rows if there are no fields."""
         if not fields:
             return self._all(names)
+        if any(name.endswith(b"/") for name in fields):
+            keys = [(name, name[:-1] + b"s", name[:-1] + b"p") for name in names]
+            return [*map(_paired, self._called([("FCALL", _SOME, 3, *each, *fields) for each in keys]))]
         found = self._told([("HGET", name, field) for name in names for field in fields])
         width = len(fields)
         return [_rows(fields, found[at : at + width]) for at in range(0, len(found), width)]

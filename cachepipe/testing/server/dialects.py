@@ -41,8 +41,8 @@ EMBEDDINGS: Final = "/v1/embeddings"
 MODELS: Final = "/v1/models"
 _GROQ: Final = "/openai"
 """What Groq has before `/v1`."""
-_AZURE: Final = re.compile(r"/openai(?:/deployments/[^/]+)?(?=/(?!v1/|deployments/))")
-"""What Azure has in place of `/v1`."""
+_ELSEWHERE: Final = re.compile(r"^(?:/v1beta)?/openai(?:/deployments/[^/]+)?(?=/(?!v1/|deployments/))")
+"""What Azure, and Gemini where it speaks OpenAI's protocol, have in place of `/v1`."""
 
 
 def _error_event(refusal: RefusalError, _number: int) -> bytes:
@@ -122,8 +122,7 @@ EMBEDDERS: Final[Mapping[str, Embedder]] = {
 
 def known_path(path: str) -> str:
     """Return the path of an endpoint under its usual name: without models, deployments and projects."""
-    path = _AZURE.sub("/v1", path, count=1) if path.startswith(_GROQ) else path
-    return inference.known_path(gemini.known_path(path))
+    return inference.known_path(gemini.known_path(_ELSEWHERE.sub("/v1", path)))
 
 
 def unprefixed(path: str) -> str:
