@@ -142,6 +142,7 @@ if TYPE_CHECKING:
     )
     from cachepipe.experiments import Experiment as Experiment
     from cachepipe.experiments import experiment as experiment
+    from cachepipe.figures import stats as stats
     from cachepipe.flow import (
         AsyncLimiter as AsyncLimiter,
     )
@@ -215,6 +216,7 @@ if TYPE_CHECKING:
     from cachepipe.typedefs import (
         SingleRequestModel as SingleRequestModel,
     )
+    from cachepipe.verifying import verify as verify
 
 __version__ = "0.1.0"
 
@@ -260,6 +262,8 @@ _HOMES = {
     ),
     "cachepipe.flow": ("AsyncLimiter", "AsyncRetrier", "Budget", "Limits", "Retries"),
     "cachepipe.pipelines": ("LocalAPI", "OnlineAPI", "OrderedLocalAPI"),
+    "cachepipe.figures": ("stats",),
+    "cachepipe.verifying": ("verify",),
     "cachepipe.removing": ("compact", "discard", "forget", "prune"),
     "cachepipe.runs": ("run",),
     "cachepipe.services": ("Service", "Services"),

@@ -521,7 +521,7 @@ class Proxy:
         key, index, sample = body.questions[0].key, found[0].grant.indices[0], found[0].values
         duplicated = self.view.duplicated(key, namespace, 1, asker)[0]
         content = body_from(head.api, body.asks[0], sample)
-        self.counters.hit(namespace, key, index, sample[0], head.url)
+        self.counters.hit(namespace, sample[0], head.url)
         self.log.request("hit", "POST", head.destination, head.claimant, 200, begun, len(content), key=key)
         return one_hit(head.api, sample[0].made_by, key, index, content, duplicated=duplicated)
 

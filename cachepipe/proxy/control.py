@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import cachepipe
 from cachepipe import jsontext
+from cachepipe.figures import stats_of
 from cachepipe.proxy import browse, headers, page
 from cachepipe.proxy.body_cache import read_object
 from cachepipe.proxy.http_exchange import HttpExchange, Refusal
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
 _LARGEST: Final = 65_536  # bytes of the body that begins a run
 _METRICS: Final = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
-_SEE: Final = ["/cachepipe/api/counters", "/cachepipe/api/namespaces", "/cachepipe/api/keys", "/metrics"]
+_SEE: Final = [
+    *(f"/cachepipe/api/{name}" for name in ("counters", "stats", "namespaces", "keys")),
+    "/metrics",
+]
 
 
 async def answer(proxy: Proxy, http: HttpExchange, path: str) -> None:
@@ -82,6 +86,10 @@ async def _value_at(proxy: Proxy, path: str, http: HttpExchange) -> Any:
         return _status(proxy)
     if path == "/counters":
         return (await _totals(proxy)).as_json()
+    if path == "/stats":
+        store: Any = proxy.store  # each store that a proxy opens can be listed
+        await proxy.shared_store.deliveries.write()
+        return await asyncio.to_thread(stats_of, store, proxy.counters.prices.given)
     query = http.scope["query_string"].decode("latin-1")
     return await asyncio.to_thread(browse.answer, proxy.store, path, query)
 

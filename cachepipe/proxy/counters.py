@@ -20,8 +20,8 @@ from prometheus_client.core import (
 )
 from prometheus_client.utils import floatToGoString
 
-from cachepipe import prices, wire
-from cachepipe.accounting import Account, Delivered, Seller, Usage, by_model, sums, usage_of
+from cachepipe import prices
+from cachepipe.accounting import Account, Delivered, Seller, Usage, by_model, sums
 from cachepipe.outages import public_url
 from cachepipe.providers.generation import Kept
 from cachepipe.proxy.upstream import UpstreamClient
@@ -31,7 +31,6 @@ Outcome = Literal["hit", "miss", "partial", "passed", "left", "error", "refused"
 """How requests end: all samples from the cache, none, some; passed through; client gone; error; refused."""
 
 _MOST: Final = 1000  # namespaces with counts of their own
-_USAGES: Final = 20_000  # samples whose usage is kept in memory, 250 bytes each
 _LONGEST: Final = 200  # characters of a namespace in a label; longer ones end with a digest
 _OTHERS: Final = "(others)"
 _NONE: Final = "(none)"
@@ -48,10 +47,13 @@ class Prices:
 
     Args:
         given: the prices; None for the table.
+
+    Attributes:
+        given: those prices.
     """
 
     def __init__(self, given: prices.Prices | None = None) -> None:
-        self._given = given or prices.TABLE
+        self.given = given or prices.TABLE
         self._known: dict[Seller, prices.UnitPrices | None] = {}
         self._wanted: set[Seller] = set()
 
@@ -67,7 +69,7 @@ class Prices:
     def learn(self) -> None:
         """Look up the missing prices. Blocks. Thread-safe."""
         for seller in list(self._wanted):
-            self._known[seller] = self._given.unit(*seller)
+            self._known[seller] = self.given.unit(*seller)
             self._wanted.discard(seller)
 
     def cost(self, counts: Mapping[str, int], model: str | None, url: str) -> float | None:
@@ -353,7 +355,6 @@ class Counters(Totals):
     ) -> None:
         super().__init__(Prices(given), clock(), client.calls, client.in_flight)
         self.clock = clock
-        self._usages: dict[tuple[str, int], Usage] = {}
 
     def ended(self, namespace: str | None, outcome: Outcome) -> Counts:
         """Count the end of a request; return the counts of its namespace."""
@@ -367,47 +368,30 @@ class Counters(Totals):
         counts = self.of(namespace)
         for response in responses:
             cached = response.cached or [False] * len(response.data)
-            indices = response.indices or (None,) * len(response.data)
-            usages = [
-                self._usage(response.key, index if hit else None, sample)
-                for sample, hit, index in zip(response.data, cached, indices, strict=True)
-            ]
-            self._deliver(counts, usages, cached, url)
+            self._deliver(counts, response.data, cached, url)
 
-    def hit(self, namespace: str | None, key: str, index: int, sample: Kept, url: str) -> None:
+    def hit(self, namespace: str | None, sample: Kept, url: str) -> None:
         """Count a request that received a stored sample, and its end."""
-        counts = self.ended(namespace, "hit")
-        self._deliver(counts, [self._usage(key, index, sample)], [True], url)
+        self._deliver(self.ended(namespace, "hit"), (sample,), (True,), url)
 
-    def spend(self, namespace: str | None, samples: Sequence[wire.Sample], url: str) -> None:
+    def spend(self, namespace: str | None, usages: Sequence[Usage], url: str) -> None:
         """Count the samples of a call for a request, whichever request gets them."""
-        usages, url = self._priced([usage_of(sample) for sample in samples], url)
+        usages, url = self._priced(usages, url)
         self.of(namespace).spent.spend(usages, url)
 
-    def _deliver(self, counts: Counts, usages: list[Usage], cached: Sequence[bool], url: str) -> None:
+    def _deliver(self, counts: Counts, samples: Sequence[Kept], cached: Sequence[bool], url: str) -> None:
         counts.hits += sum(cached)
         counts.misses += len(cached) - sum(cached)
-        usages, url = self._priced(usages, url)
+        usages, url = self._priced([sample.usage for sample in samples], url)
         counts.delivered.add(usages, cached, url)
 
-    def _priced(self, usages: list[Usage], url: str) -> tuple[list[Usage], str]:
+    def _priced(self, usages: Sequence[Usage], url: str) -> tuple[Sequence[Usage], str]:
         """Return usages and the URL for their sums; no URL if too many models were counted.
 
         The URL has no query, which may hold a key.
         """
         url = public_url(url)
         for usage in usages:
-            if self.prices.seller(usage.model, url) == _NOBODY:
-                return [each._replace(model=None) for each in usages], ""
+            if self.prices.seller(usage.model, usage.url or url) == _NOBODY:
+                return [each._replace(model=None, url=None) for each in usages], ""
         return usages, url
-
-    def _usage(self, key: str | None, index: int | None, sample: Kept) -> Usage:
-        """Return the usage of a sample; a stored sample is read once."""
-        if key is None or index is None:
-            return usage_of(sample.value)
-        usage = self._usages.get((key, index))
-        if usage is None:
-            if len(self._usages) >= _USAGES:
-                self._usages.clear()
-            usage = self._usages[key, index] = usage_of(sample.value)
-        return usage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import encodings.idna  # noqa: F401 - the first call upstream would import it
 import gc
 import logging
 import signal
@@ -24,7 +25,13 @@ from cachepipe.proxy.log import RequestLog
 from cachepipe.proxy.settings import BadSettings, ProxySettings
 
 _IDLE_SECONDS: Final = 75
-_NEW_OBJECTS: Final = 2_000  # objects that are made between two collections of the youngest
+_COLLECTIONS: Final = (1_000, 5, 500)
+"""New objects until the youngest are collected, and such collections until the next older ones are.
+
+With the defaults of Python, each tenth collection of the young stops all requests for some milliseconds, and
+one of all objects for tens of them. What requests leave behind is free without a collection, but for a few
+cycles.
+"""
 
 
 class Server(uvicorn.Server):
@@ -145,7 +152,7 @@ def keep_pauses_short() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(_NEW_OBJECTS)
+    gc.set_threshold(*_COLLECTIONS)
 
 
 def serve(settings: ProxySettings, on_listening: Callable[[str], None] | None = None) -> None:

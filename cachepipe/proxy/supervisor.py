@@ -55,6 +55,7 @@ class _Worker:
         pid: its process.
         control: the socket for connections, orders and counts.
         link: the socket for the runs.
+        settings: the settings of all workers when it was started.
         replaces: the worker that stops once this one is ready.
         connections: how many it has.
         ready: whether it has started.
@@ -66,6 +67,7 @@ class _Worker:
     pid: int
     control: socket.socket
     link: socket.socket
+    settings: ProxySettings
     replaces: _Worker | None = None
     connections: int = 0
     ready: bool = False
@@ -287,7 +289,7 @@ class Supervisor:
         its_control.close()
         its_link.close()
         control.setblocking(False)
-        worker = self._workers[pid] = _Worker(pid, control, link, replaces)
+        worker = self._workers[pid] = _Worker(pid, control, link, self.settings, replaces)
         self._selector.register(control, selectors.EVENT_READ, (self._on_control, worker))
         self._selector.register(link, selectors.EVENT_READ, (self._on_link, worker))
 
@@ -488,6 +490,8 @@ class Supervisor:
         if replaced is not None and replaced.pid in self._workers:
             replaced.retiring = True
             self._send(replaced, frame(["stop"]))
+        if worker.settings is not self.settings:  # they were loaded again while it started
+            self._replace(worker)
         self._check_accepting()
 
     def _take_failed(self, worker: _Worker, failure: str) -> None:

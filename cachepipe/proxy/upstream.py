@@ -17,8 +17,9 @@ import httpx2
 from yarl import URL
 
 from cachepipe import jsontext, outages, wire
+from cachepipe.accounting import Usage, usage_of
 from cachepipe.contract.draws import Retried
-from cachepipe.errors import CachepipeError
+from cachepipe.errors import CachepipeError, NotStorable
 from cachepipe.providers.exchange import CacheView, Exchange
 from cachepipe.providers.generation import Kept, Made
 from cachepipe.providers.responses import BodySource, Received
@@ -83,7 +84,8 @@ class UpstreamResponse:
     def aiter_bytes(self) -> AsyncIterator[bytes]:
         """Iterate over the decoded body; if its encoding was not asked for, over the raw body."""
         raw = self.aiter_raw()
-        return raw if headers.is_encoded(self.pairs) else self._decoded(raw)
+        plain = "content-encoding" not in self.headers or headers.is_encoded(self.pairs)
+        return raw if plain else self._decoded(raw)
 
     async def aiter_raw(self) -> AsyncIterator[bytes]:
         """Iterate over the raw body."""
@@ -356,7 +358,7 @@ class ProxyExchange(Exchange):
 
     Args:
         client: the connections.
-        spend: counts the samples of its calls: takes the namespace, samples and the URL.
+        spend: counts the samples of its calls: takes the namespace, their usages and the URL.
         view: the cache, and how it is used.
         head: the head of the request.
         body: its body.
@@ -368,7 +370,7 @@ class ProxyExchange(Exchange):
     def __init__(
         self,
         client: UpstreamClient,
-        spend: Callable[[str | None, Sequence[wire.Sample], str], None],
+        spend: Callable[[str | None, Sequence[Usage], str], None],
         view: CacheView,
         head: ParsedHead,
         body: ParsedBody,
@@ -404,8 +406,13 @@ class ProxyExchange(Exchange):
 
     def _packed(self, samples: Sequence[wire.Sample], made: Made) -> list[Kept]:
         """Count the samples of a call, and return them in the form in which they are stored."""
-        self._spend(self.claimant.namespace, samples, self.head.url)
-        return super()._packed(samples, made)
+        try:
+            kept = super()._packed(samples, made)
+        except NotStorable:
+            self._spend(self.claimant.namespace, [usage_of(sample) for sample in samples], self.head.url)
+            raise
+        self._spend(self.claimant.namespace, [each.usage for each in kept], self.head.url)
+        return kept
 
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Received:
         """Make a call with this request's own headers."""

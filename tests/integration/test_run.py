@@ -908,6 +908,13 @@ def test_c6_what_no_line_got_is_spent_and_unreported(server):
     assert (figures["hits"], figures["misses"], figures["unreported"]["samples"]) == (0, 0, made)
     assert (figures["spent"]["samples"], figures["billed"]["samples"]) == (made, 0)
     assert figures["spent"]["total_tokens"] == server.stats.tokens_in + server.stats.tokens_out > 0
+    told = CliRunner().invoke(cli, ["stats", "--runs", "--cache", "cache", "--json"], catch_exceptions=False)
+    [run] = json.loads(told.stdout)["runs"]
+    assert run["run"] == figures["run"]
+    assert figures["wasted"] == figures["spent"] == run["wasted"]
+    server.settings = replace(server.settings, script=())
+    again = called(server, requests=source, n=5, max_n=3)  # which uses what was left first
+    assert (again["hits"], again["wasted"]["samples"], again["wasted"]["cost"]) == (made, 0, 0)
 
 
 def test_a_partial_hit_counts_its_samples_and_a_run_says_that_it_counts_samples(server, monkeypatch):

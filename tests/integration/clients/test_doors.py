@@ -11,10 +11,10 @@ import contextlib
 import functools
 import inspect
 import json
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import forked
 import pytest
 from doors import DOORS, KEY, NONE, asked, found, listed, placed, said_by_all, settled, told
 from profiles import sized
@@ -290,7 +290,7 @@ async def test_a_rerun_in_a_new_process_makes_no_call(server, tmp_path):
     assert calls > 5 * len(names)
     command = [sys.executable, sys.modules["doors"].__file__, server.url, str(folder), *names]
     again = await asyncio.to_thread(
-        subprocess.run, command, capture_output=True, text=True, check=False, timeout=100
+        forked.run, command, capture_output=True, text=True, check=False, timeout=100
     )
     assert (again.returncode, again.stdout.strip()) == (0, first), again.stderr
     assert server.stats.requests == calls
