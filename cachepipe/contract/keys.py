@@ -167,7 +167,7 @@ def _partly_ordered(value: Any, names: frozenset[str]) -> Any:
         if len(value) >= _LONG and _is_canonical(value, names):
             return value
         return [_partly_ordered(item, names) for item in value]
-    if not isinstance(value, Mapping):
+    if kind is not dict and not isinstance(value, Mapping):
         return canonical(value)
     form: dict[str, Any] = {}
     for name, item in value.items():

@@ -786,9 +786,8 @@ class _Draw(_Key, DrawRows):
                 rows = [row for row in rows if row.namespace != shared]
         if not rows:
             return ()
-        earliest = rows[0]
+        earliest = rows[0] if len(rows) == 1 else tables.earliest(rows)
         if len(rows) > 1:
-            earliest = tables.earliest(rows)
             rows = [row for row in rows if row.namespace == earliest.namespace]
         ledger.saw(earliest)
         return tables.segments_of(Draw(ledger.label(earliest.namespace), *self._draw[1:]), rows)

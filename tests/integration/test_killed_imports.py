@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import signal
 import sqlite3
+import sys
 from itertools import count
 from pathlib import Path
 
+import forked
 import pytest
-from click.testing import CliRunner
-from forked import Interpreter
 from profiles import sized
 
-from cachepipe import DiskStore, LostSamples, OnlineAPI, Request, Response
-from cachepipe.cli.group import cli
+from cachepipe import DiskStore, LostSamples, OnlineAPI, Request, Response, verify
 from cachepipe.contract.keys import question
 from cachepipe.removing import discard
 from cachepipe.sharing import export, opened
-from cachepipe.stores.verify import verify
 
 SCRIPT = """
 import os, signal, socket, sqlite3, sys, warnings
@@ -73,15 +70,6 @@ else:
 for what in steps:
     print(what)
 """
-MODULES = (
-    "openai",
-    "cachepipe.models.openai",
-    "cachepipe.importers.cachesaver",
-    "cachepipe.importers.openai_batch",
-    "cachepipe.stores.remote.valkey",
-)
-
-
 CACHESAVER = Path(__file__).parents[1] / "data" / "cachesaver" / "cache"
 
 
@@ -177,22 +165,14 @@ def contents(cache):
         }
 
 
-def verified(cache):
-    """The problems of a cache."""
-    if "://" not in cache:
-        return verify(Path(cache)).problems
-    done = CliRunner().invoke(cli, ["verify", "--cache", cache, "--json"], catch_exceptions=False)
-    return json.loads(done.stdout)["problems"]
-
-
 SOURCES = {"bundle": bundle_in, "batch": batch_in, "cachesaver": cachesaver_in}
 
 
-@pytest.fixture(scope="module")
-def interpreter(tmp_path_factory):
-    made = Interpreter(tmp_path_factory.mktemp("interpreter"), *MODULES)
-    yield made
-    made.close()
+def run(*arguments):
+    """Run the script in a process of its own; return its exit code, its output and its errors."""
+    words = [sys.executable, "-W", "error", "-c", SCRIPT, *arguments]
+    done = forked.run(words, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(params=["folder", "server"])
@@ -214,37 +194,36 @@ def new(request, tmp_path):
 
 @pytest.mark.parametrize("kind", SOURCES)
 def test_c7_an_import_that_was_killed_leaves_a_sound_cache_and_the_same_import_completes_it(
-    kind, new, interpreter, tmp_path, monkeypatch
+    kind, new, tmp_path, monkeypatch
 ):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     sources = SOURCES[kind](tmp_path)
 
-    def run(cache, at):
-        code, told, errors = interpreter.run(SCRIPT, kind, cache, str(at), *sources, seconds=60)
+    def imported(cache, at):
+        code, told, errors = run(kind, cache, str(at), *sources)
         assert code == (-signal.SIGKILL if at else 0), errors
         return told
 
     whole, told = new(), []
-    steps = run(whole, 0).splitlines()
+    steps = imported(whole, 0).splitlines()
     last = len(steps) - 4  # a server is asked for much before it gets anything
     if "send" not in steps:  # of the last transaction, the samples are there and the ledger is not
         last = len(steps) - steps[::-1].index("after a commit of samples")
     for number in sized([last], sorted({*range(1, last, max(1, last // 10)), last})):
         cache = new()
-        run(cache, number)
+        imported(cache, number)
         told.append(contents(cache))
-        assert not verified(cache), number
-        run(cache, 0)
-        assert not verified(cache), number
+        assert verify(cache).problems == {}, number
+        imported(cache, 0)
+        assert verify(cache).problems == {}, number
         assert contents(cache) == contents(whole)
     assert any(each and each != contents(whole) for each in told)  # it was killed midway
 
 
-def test_c12_what_a_killed_import_has_left_is_removed_when_the_cache_is_opened(interpreter, tmp_path):
+def test_c12_what_a_killed_import_has_left_is_removed_when_the_cache_is_opened(tmp_path):
     sources, cache = bundle_in(tmp_path), str(tmp_path / "cache")
     asyncio.run(fill(cache, ("mine", 1, "mine")))
-    run = functools.partial(interpreter.run, SCRIPT, "bundle", seconds=60)
-    code, _, errors = run(cache, "after a commit of samples", *sources)
+    code, _, errors = run("bundle", cache, "after a commit of samples", *sources)
     assert code == -signal.SIGKILL, errors
     rows = sqlite3.connect(tmp_path / "cache" / "cache.db")
     count_rows = "SELECT count(*) FROM Cache"
@@ -254,4 +233,4 @@ def test_c12_what_a_killed_import_has_left_is_removed_when_the_cache_is_opened(i
         DiskStore(cache).close()
     assert rows.execute(count_rows).fetchall() == [(1,)]
     rows.close()
-    assert verify(tmp_path / "cache").problems == {}
+    assert verify(cache).problems == {}

@@ -2,22 +2,25 @@
 
 import ast
 import asyncio
+import ensurepip
 import importlib
 import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+import forked
 import pytest
-from profiles import sized
+from profiles import FULL, sized
 
 ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments):
-    return subprocess.run(
+    return forked.run(
         [sys.executable, "-m", "benchmarks", *arguments],
         cwd=ROOT,
         capture_output=True,
@@ -118,10 +121,22 @@ def test_a_peer_that_fails_is_told_and_ends_nothing(harness):
     assert told["failed"] == {"peer": "it ended"}
 
 
+def run_quickly(command, **options):
+    """Run a command; in a new environment, pip runs from its archive, as unpacking it takes seconds."""
+    wheels = [*Path(ensurepip.__file__).with_name("_bundled").glob("pip-*.whl")]
+    if FULL or "venv" not in command or not wheels:
+        return subprocess.run(command, **options)  # noqa: PLW1510 - the options say it
+    made = subprocess.run([*command, "--without-pip"], **options)  # noqa: PLW1510 - likewise
+    [site] = Path(command[-1]).glob("lib/python*/site-packages")
+    (site / "pip.pth").write_text(f"{wheels[0]}\n")
+    return made
+
+
 def test_a_peer_that_cannot_be_installed_is_told_with_the_reason(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT))
     peers = importlib.import_module("benchmarks.peers")
     monkeypatch.setenv("CACHEPIPE_BENCHMARKS", str(tmp_path))
+    monkeypatch.setattr(peers, "subprocess", types.SimpleNamespace(run=run_quickly))
     monkeypatch.setattr(peers, "REQUIRES", {"cachesaver": (str(tmp_path / "no such package"),)})
     there, missing = peers.available()
     assert there == {}
@@ -261,7 +276,7 @@ def calls(monkeypatch):
 
 def test_the_calls_of_each_kind_of_request_are_counted_on_each_way_in():
     command = [sys.executable, "-m", "benchmarks.calls", "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    done = forked.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     told = json.loads(done.stdout)
     for way in ("pipeline", "client"):
@@ -273,7 +288,7 @@ def test_the_calls_of_each_kind_of_request_are_counted_on_each_way_in():
 def test_with_the_schedule_reruns_of_concurrent_programs_make_no_call():
     puzzles = sized(1, 2)
     command = [sys.executable, "-m", "benchmarks.reruns", "--puzzles", str(puzzles)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    done = forked.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("reruns make no call and give the same outputs: holds\n")
     assert len(re.findall(rf"^ordered=True,(?=.* 0 calls, {puzzles})", done.stdout, re.MULTILINE)) == 3
