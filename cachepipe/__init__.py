@@ -216,6 +216,7 @@ if TYPE_CHECKING:
     from cachepipe.typedefs import (
         SingleRequestModel as SingleRequestModel,
     )
+    from cachepipe.verifying import verify as verify
 
 __version__ = "0.1.0"
 
@@ -262,6 +263,7 @@ _HOMES = {
     "cachepipe.flow": ("AsyncLimiter", "AsyncRetrier", "Budget", "Limits", "Retries"),
     "cachepipe.pipelines": ("LocalAPI", "OnlineAPI", "OrderedLocalAPI"),
     "cachepipe.figures": ("stats",),
+    "cachepipe.verifying": ("verify",),
     "cachepipe.removing": ("compact", "discard", "forget", "prune"),
     "cachepipe.runs": ("run",),
     "cachepipe.services": ("Service", "Services"),

@@ -14,6 +14,8 @@ from cachepipe.prices import Prices
 from cachepipe.removing import told
 
 _NO_NAMESPACE: Final = "(none)"
+_SHOWN: Final = ("spent", "billed", "saved", "wasted")
+"""The sums in tables; the figures of the whole cache, and --json, have them all."""
 
 
 _STATS_JSON: Final = """\b
@@ -123,20 +125,20 @@ def _print_stats(figures: dict[str, Any], limit: int) -> None:
     common.print_facts(facts)
     namespaces = figures["namespaces"]
     _print_rows(_DRAWN, namespaces, limit, "namespace", last=_shared_row(figures["shared"]))
-    sums_of = {f">{name.replace('_', ' ')}": _tokens_of(name) for name in ACCOUNTS}
+    sums_of = {f">{name}": _tokens_of(name) for name in _SHOWN}
     tokens: common.Columns = {"tokens of namespace": _name_of, ">requests": "requests", **sums_of}
     _print_rows(tokens, namespaces, limit)
     models: common.Columns = {
         "tokens of model": lambda row: row["model"] or "(none)",
-        "url": "url",
         **sums_of,
+        "url": "url",
     }
     _print_rows(models, figures["models"], limit)
     runs: common.Columns = {
         "run": lambda row: row["run"] or "(unknown)",
         "namespace": _name_of,
         "first sample": lambda row: "-" if row["first"] is None else common.when(row["first"]),
-        **{name: tokens[name] for name in (">requests", ">spent", ">billed", ">saved", ">wasted")},
+        **{name: tokens[name] for name in (">requests", *sums_of)},
     }
     _print_rows(runs, (figures["runs"] or [])[::-1], limit, "run")
     _print_rows(_SCOPES, figures["scopes"] or [], limit, "scope")

@@ -1,7 +1,7 @@
 """The providers that cachepipe knows, one row each: where they are, who holds their key, how they differ.
 
 Clients, services, the proxy and the command line read this table. A provider that speaks OpenAI's protocol
-needs no more than a row here.
+needs no more than a row here; ``python tests/stubs.py`` then writes it into the stub and the documentation.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from cachepipe.stores.remote.engine import (
     CHANGES,
@@ -145,6 +146,10 @@ class MemoryEngine:
         for listener in list(self._listeners) if swap.wakes else ():
             listener(swap.key)
         return wanted
+
+    def swap_soon(self, swaps: Sequence[Swap], who: int, then: Callable[[Any], object]) -> bool:  # noqa: ARG002 - see below
+        """Return False: it is swapped in a thread."""
+        return False
 
     def announce(self, keys: Sequence[str]) -> list[int]:
         """Announce a change of each key; return their numbers."""

@@ -213,14 +213,14 @@ def test_c6_stats_of_models_and_runs_add_up(replayed, tmp_path):
     assert as_json("stats", "--cache", replayed)["runs"] is None
     output = called("stats", "--cache", replayed, "--runs").stdout
     assert re.search(r"^run +namespace +first sample +requests +spent", output, re.MULTILINE)
-    assert re.search(r"^gpt-4o +https://api.openai.com/v1/chat/completions", output, re.MULTILINE)
+    assert re.search(r"^gpt-4o +[0-9].* https://api.openai.com/v1/chat/completions$", output, re.MULTILINE)
 
 
 def test_c6_stats_say_unknown_and_not_nothing(replayed):
     output = called("stats", "--cache", replayed).stdout
     assert re.search(r"^saved +6 samples, 6,600 tokens, \$", output, re.MULTILINE)
     assert re.search(r"^exp +9 +3,300 \$", output, re.MULTILINE)
-    assert re.search(r"^\(none\) +1 +unknown +unknown +unknown +0 +0 +0$", output, re.MULTILINE)
+    assert re.search(r"^\(none\) +1 +unknown +unknown +0 +0$", output, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,12 @@ from pathlib import Path
 
 import forked
 import pytest
-from click.testing import CliRunner
 from profiles import sized
 
-from cachepipe import DiskStore, LostSamples, OnlineAPI, Request, Response
-from cachepipe.cli.group import cli
+from cachepipe import DiskStore, LostSamples, OnlineAPI, Request, Response, verify
 from cachepipe.contract.keys import question
 from cachepipe.removing import discard
 from cachepipe.sharing import export, opened
-from cachepipe.stores.verify import verify
 
 SCRIPT = """
 import os, signal, socket, sqlite3, sys, warnings
@@ -168,14 +165,6 @@ def contents(cache):
         }
 
 
-def verified(cache):
-    """The problems of a cache."""
-    if "://" not in cache:
-        return verify(Path(cache)).problems
-    done = CliRunner().invoke(cli, ["verify", "--cache", cache, "--json"], catch_exceptions=False)
-    return json.loads(done.stdout)["problems"]
-
-
 SOURCES = {"bundle": bundle_in, "batch": batch_in, "cachesaver": cachesaver_in}
 
 
@@ -224,9 +213,9 @@ def test_c7_an_import_that_was_killed_leaves_a_sound_cache_and_the_same_import_c
         cache = new()
         imported(cache, number)
         told.append(contents(cache))
-        assert not verified(cache), number
+        assert verify(cache).problems == {}, number
         imported(cache, 0)
-        assert not verified(cache), number
+        assert verify(cache).problems == {}, number
         assert contents(cache) == contents(whole)
     assert any(each and each != contents(whole) for each in told)  # it was killed midway
 
@@ -244,4 +233,4 @@ def test_c12_what_a_killed_import_has_left_is_removed_when_the_cache_is_opened(t
         DiskStore(cache).close()
     assert rows.execute(count_rows).fetchall() == [(1,)]
     rows.close()
-    assert verify(tmp_path / "cache").problems == {}
+    assert verify(cache).problems == {}

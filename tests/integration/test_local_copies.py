@@ -75,6 +75,9 @@ def test_workers_that_are_killed_while_they_copy_leave_a_copy_that_is_right(url)
     samples = {sample.id for info in store.draws() for sample in store.samples(info.draw.key)}
     for info in store.draws():
         grant = store.recall(info.draw, 1)
+        if grant is None:  # its worker was killed before the sample came
+            assert store.status([(info.draw.key, index) for index in info.indices]) != ["stored"]
+            continue
         assert {sample.id for sample in grant.samples} <= samples
     store.close()
 

@@ -199,6 +199,26 @@ class Engine(Protocol):
         """
         ...
 
+    def swap_soon(
+        self,
+        swaps: Sequence[Swap],
+        who: int,
+        then: Callable[[Sequence[Conflict | Rows | None] | None], object],
+    ) -> bool:
+        """Perform swaps as `swap` does, on the running event loop and without waiting.
+
+        They leave no receipts, so they must not be tried twice.
+
+        Args:
+            swaps: the swaps.
+            who: the lease of the process.
+            then: gets the answers in a later turn of the loop, or None if it is not known what was performed.
+
+        Returns:
+            False if this is not possible now; then `swap` is, in a thread.
+        """
+        ...
+
     def announce(self, keys: Sequence[str]) -> list[int]:
         """Announce a change of each key; return their numbers, which are greater than all before."""
         ...

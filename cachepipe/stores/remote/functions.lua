@@ -94,7 +94,7 @@ local function some(keys, args)
 end
 
 -- swap: KEYS also has the receipt of the process, and the turn.
--- ARGV: nonce, process, fair?, milliseconds of a turn, milliseconds of a receipt, channel, key,
+-- ARGV: nonce, process, fair?, milliseconds of a turn, milliseconds of a receipt or 0 for none, channel, key,
 -- count of rows or -1 if that does not matter, count, fields and digests ...,
 -- count, first byte of discarded samples, fields of samples that are wanted ...,
 -- count, fields and rows ..., fields to delete ...
@@ -134,7 +134,7 @@ local function swap(keys, args)
   for place = at, #args do
     redis.call('HDEL', hash_of(keys, args[place]), args[place])
   end
-  redis.call('SET', keys[4], nonce, 'PX', args[5])
+  if args[5] ~= '0' then redis.call('SET', keys[4], nonce, 'PX', args[5]) end
   if turn == who then redis.call('DEL', keys[5]) end
   if args[6] ~= '' then redis.call('PUBLISH', args[6], args[7]) end
   return {0, wanted}

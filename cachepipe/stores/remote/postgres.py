@@ -384,6 +384,10 @@ class PostgresEngine:
 
     # Changes.
 
+    def swap_soon(self, swaps: Sequence[Swap], who: int, then: Callable[[Any], object]) -> bool:  # noqa: ARG002 - see below
+        """Return False: it is swapped in a thread."""
+        return False
+
     def announce(self, keys: Sequence[str]) -> list[int]:
         """Announce a change of each key; return their numbers."""
         [[last]] = self._ask(

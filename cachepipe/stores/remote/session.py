@@ -17,7 +17,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, Protocol, TypeGuard, TypeVar
+from typing import Any, Final, Never, Protocol, TypeGuard, TypeVar
 
 from cachepipe.contract.allotment import choose, lowest_listed_free
 from cachepipe.contract.draws import Draw
@@ -192,6 +192,7 @@ class Session:
         self._leasing = threading.Lock()
         self._remembered: OrderedDict[str, Known] = OrderedDict()
         self._contended: OrderedDict[str, float] = OrderedDict()  # until when, by key
+        self._swapping: set[str] = set()  # keys that loops are swapping
         self._made = MadeDraws()
         self._lease: int | None = None
         self.last_lease = 0
@@ -199,6 +200,7 @@ class Session:
         self._others: dict[int, tuple[Process, float]] = {}  # by lease, and when they were found alive
         self._dead: set[int] = {NOBODY}
         self._greatest = 0
+        self._stamping = threading.Lock()
         self.recent = Recent()
         self.watch = Watch(self.recent)
         self.expects_new = True
@@ -273,13 +275,15 @@ class Session:
 
     def stamp(self) -> int:
         """Return a stamp that is greater than every stamp seen so far."""
-        self._greatest = max(self.now(), self._greatest + 1)
-        return self._greatest
+        with self._stamping:
+            self._greatest = max(self.now(), self._greatest + 1)
+            return self._greatest
 
     def see(self, stamp: int) -> None:
         """Take note of a stamp."""
-        if stamp > self._greatest:  # noqa: PLR1730 - a known draw calls it twice, and max takes longer
-            self._greatest = stamp
+        if stamp > self._greatest:
+            with self._stamping:
+                self._greatest = max(self._greatest, stamp)
 
     def lease(self) -> int:
         """Return this process's lease; begin one if there is none."""
@@ -299,6 +303,11 @@ class Session:
     def current(self, lease: int) -> int:
         """Return this process's lease for one that it had before; another lease unchanged."""
         return self.lease() if lease in self._before else lease
+
+    @property
+    def open_lease(self) -> int | None:
+        """This process's lease, or None if there is none now."""
+        return self._lease
 
     def renew(self) -> bool:
         """Renew the lease; if it has ended, the next transaction begins another. Return False without one."""
@@ -329,7 +338,7 @@ class Session:
 
     def ask_about(self, leases: Iterable[int]) -> None:
         """Find out, in one round trip, which other processes are alive, as far as that is not known."""
-        unknown = self._unknown(leases)
+        unknown = self.unknown(leases)
         if not unknown:
             return
         for lease, name in zip(unknown, self.asked(lambda: self.engine.holders(unknown)), strict=True):
@@ -339,7 +348,7 @@ class Session:
             else:
                 self._others[lease] = (Process(name), time.monotonic())
 
-    def _unknown(self, leases: Iterable[int]) -> list[int]:
+    def unknown(self, leases: Iterable[int]) -> list[int]:
         """Return those of the leases of which it is not known whether their processes are alive."""
         recent = time.monotonic() - _ALIVE_FOR
         return sorted(
@@ -370,21 +379,30 @@ class Session:
     def _read_all(self, key: str) -> Rows:
         return self.asked(lambda: self.engine.rows_of([key]))[0]
 
-    def guess(self, key: str, asked: Sequence[Operation]) -> Book | None:
+    def guess(self, key: str, asked: Sequence[Operation], *, waits: bool = True) -> Book | None:
         """Return what is remembered of a key as if it were all there is; None if that is not worth trying.
 
         Without a race, a process that makes new draws of a key knows all that decides about them, and a key
         of which it knows nothing is new. So one round trip is enough if the guess is right.
+
+        Args:
+            key: the key.
+            asked: the operations.
+            waits: whether the engine may be asked for more; otherwise that raises `_WouldWait`.
         """
-        if not self.guesses or not all(map(_only_reads, asked)) or self._is_contended(key):
+        if not self.guesses or not all(map(_only_reads, asked)):
+            return None
+        if key in self._swapping or self._is_contended(key):
             return None
         known = dict(self.remembered(key))
+        if not waits:
+            return Book(key, known, _wait, _wait, _Unwaiting(self), whole=True, guess=True)
         read_all = partial(self._read_all, key)
         return Book(key, known, partial(self._read, key), read_all, self, whole=True, guess=True)
 
     def judge(self, book: Book, asked: Sequence[Operation]) -> None:
         """Note whether a guess would have been right, from the rows that were read instead."""
-        if all(map(_only_reads, asked)):
+        if all(map(_only_reads, asked)) and book.name not in self._swapping:
             names = [name for claim in asked for name in _fields_of(claim.draw)]  # type: ignore[union-attr]  # all are claims
             self.guesses = _agree(self.remembered(book.name), book.known, names)
 
@@ -417,8 +435,8 @@ class Session:
 
     def lost_race(self, key: str) -> None:
         """Note that another process has swapped a key meanwhile, or has reserved it."""
+        self._contended.pop(key, None)
         self._contended[key] = time.monotonic() + _CONTENDED
-        self._contended.move_to_end(key)
         if len(self._contended) > _REMEMBERED:
             self._contended.popitem(last=False)
 
@@ -569,6 +587,49 @@ class Session:
         self._made.add(draw)
         return _has_free(draw, found)
 
+    def claim_soon(self, claims: Sequence[Claim], then: Callable[[list[Any]], object]) -> bool:
+        """Claim on the running event loop and without waiting, if a guess will probably do.
+
+        Args:
+            claims: the claims.
+            then: gets, in a later turn of the loop, the grant or the error of each claim; None for those that
+                must be claimed in another way. They may have been granted, as if by an earlier try.
+
+        Returns:
+            False if this is not possible now.
+        """
+        lease = self._lease
+        if lease is None or not (self.expects_new and self.guesses):
+            return False
+        transaction = _Transaction(self, claims)
+        try:
+            swaps = transaction.guessed()
+        except (StoreError, _WouldWait):
+            return False
+        if swaps is None:
+            return False
+
+        def answered(found: Sequence[Conflict | Rows | None] | None) -> None:
+            self._swapping.difference_update(swaps)
+            later = {key: self._remembered.get(key) for key in swaps}
+            results = transaction.answered(swaps, found)
+            for key, known in later.items():
+                if (
+                    known is not None and known is not before[key]
+                ):  # a thread has swapped the key after the loop
+                    self.remember(key, known)
+            if self.local is not None:
+                pairs = [pair for pair in zip(claims, results, strict=True) if pair[1] is not None]
+                self.local.learn([claim for claim, _ in pairs], [result for _, result in pairs])
+            then(results)
+
+        before = {key: self._remembered.get(key) for key in swaps}
+        self._swapping.update(swaps)
+        begun = self.engine.swap_soon([swap for _, swap in swaps.values()], lease, answered)
+        if not begun:
+            self._swapping.difference_update(swaps)
+        return begun
+
     def recalled(self, draw: Draw, n: int, found: Rows, *, waits: bool = True) -> Grant | None:
         """Return the first n samples of a draw whose samples are all stored, else None.
 
@@ -585,7 +646,7 @@ class Session:
         grant = operations.recall(stored, n) if stored.segments else None
         if grant is not None:
             leases = {segment.lease for segment in stored.segments}
-            if not waits and self._unknown(leases):
+            if not waits and self.unknown(leases):
                 raise _WouldWait
             grant.shared = any(map(self.is_other, leases))
             if self.local is not None:
@@ -667,6 +728,47 @@ class _Transaction:
 
     def _of(self, key: str) -> list[Operation]:
         return [self._asked[place] for place in self._places[key]]
+
+    def guessed(self) -> dict[str, tuple[Book, Swap]] | None:
+        """Decide without asking the engine; return what is to be swapped, or None if that is not possible.
+
+        Raises:
+            StoreError: when that is not possible either.
+            _WouldWait: likewise.
+        """
+        swaps: dict[str, tuple[Book, Swap]] = {}
+        for key in self._places:
+            asked = self._of(key)
+            book = self._session.guess(key, asked, waits=False)
+            if book is None:
+                return None
+            self._results_of(key, operations.perform(ledger(book), asked))
+            swap = book.swap(fair=True)
+            if swap is None or swap.changes:
+                return None
+            swaps[key] = book, swap
+        self._number(book for book, _ in swaps.values() if book.begins)
+        return swaps
+
+    def answered(
+        self, swaps: Mapping[str, tuple[Book, Swap]], found: Sequence[Conflict | Rows | None] | None
+    ) -> list[Any]:
+        """Return the results after swaps that were tried once; None for operations that were not performed.
+
+        Args:
+            swaps: what `guessed` has returned.
+            found: the answer to each, or None without answers.
+        """
+        if found is None:
+            return [None] * len(self._asked)
+        for (key, (book, swap)), answer in zip(swaps.items(), found, strict=True):
+            if isinstance(answer, Conflict) or not self._performed(book, swap, answer or {}):
+                if isinstance(answer, Conflict):
+                    self._lost(book, answer)
+                self._session.guesses = False
+                for place in self._places[key]:
+                    self._results[place] = None
+        return self._results
 
     # Reading.
 
@@ -791,20 +893,14 @@ class _Transaction:
         waits = False
         for (key, (book, swap)), answer in zip(list(swaps.items()), found, strict=True):
             if not isinstance(answer, Conflict):
-                if not self._fulfilled(book, answer or {}):
+                if self._performed(book, swap, answer or {}):
+                    del swaps[key]  # whatever happens to the others
+                else:
                     wrong.append(key)
-                    continue
-                if not key.startswith(RUN):
-                    session.recent.note(key, swap, book.ids())
-                if book.guess:
-                    session.expects_new = bool(swap.puts)
-                del swaps[key]  # whatever happens to the others
                 continue
             waits = waits or answer.wait
-            if answer.wait or not book.guess or session.is_stale(key, book, answer.rows):
-                session.lost_race(key)
+            self._lost(book, answer)
             if book.guess:
-                session.remember(key, book.corrected(answer.rows))
                 wrong.append(key)
                 continue
             if (next_swap := self._again(session.again(book, answer.rows))) is not None:
@@ -813,22 +909,36 @@ class _Transaction:
             session.pause()
         return again | self._guessed_wrong(wrong)
 
-    def _fulfilled(self, book: Book, found: Rows) -> bool:
-        """Remember what a swap has written, and put the samples that it wanted into the grants.
+    def _lost(self, book: Book, conflict: Conflict) -> None:
+        """Take note of a conflict; a wrong guess without a race is corrected."""
+        session, key = self._session, book.name
+        if conflict.wait or not book.guess or session.is_stale(key, book, conflict.rows):
+            session.lost_race(key)
+        if book.guess:
+            session.remember(key, book.corrected(conflict.rows))
+
+    def _performed(self, book: Book, swap: Swap, found: Rows) -> bool:
+        """Take note of a swap that was performed; put the samples that it wanted into the grants.
 
         Return False if one of them is not there any more.
         """
+        session, key = self._session, book.name
         try:
             samples = book.fulfil(found)
         except StoreError as error:
-            self._fail(book.name, error)
+            self._fail(key, error)
             return True
-        self._session.remember(book.name, book.written())
-        if samples:
-            for place in self._places[book.name]:
-                grant = self._results[place]
-                grant.samples = [each and samples.get(each.index, each) for each in grant.samples]
-        return samples is not None
+        session.remember(key, book.written())
+        if samples is None:
+            return False
+        if not key.startswith(RUN):
+            session.recent.note(key, swap, book.ids())
+        if book.guess:
+            session.expects_new = bool(swap.puts)
+        for place in self._places[key] if samples else ():
+            grant = self._results[place]
+            grant.samples = [each and samples.get(each.index, each) for each in grant.samples]
+        return True
 
     def _guessed_wrong(self, keys: Sequence[str]) -> dict[str, tuple[Book, Swap]]:
         """Decide on rows that are read instead; return what is to be swapped next."""
@@ -883,6 +993,40 @@ class _Transaction:
         for place in self._places.get(key, ()):  # what was granted stays so
             self._results[place] = error
         self._session.remember(key, None)
+
+
+class _Unwaiting:
+    """A process as `Session` shows it, for those who cannot wait for the engine.
+
+    Args:
+        session: the session.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.now, self.stamp, self.see = session.now, session.stamp, session.see
+
+    def lease(self) -> int:
+        """Return this process's lease."""
+        return self._session.open_lease or _wait()
+
+    def current(self, lease: int) -> int:
+        """Return this process's lease for one that it had before; another lease unchanged."""
+        return lease if lease == self._session.open_lease or not self._session.is_own(lease) else self.lease()
+
+    def alive(self, lease: int) -> bool:
+        """Return True if the process of a lease is alive."""
+        self.ask_about([lease])
+        return self._session.alive(lease)
+
+    def ask_about(self, leases: Iterable[int]) -> None:
+        """Do nothing if it is known which processes are alive."""
+        if self._session.unknown(leases):
+            _wait()
+
+
+def _wait(*_arguments: Any) -> Never:
+    raise _WouldWait
 
 
 def _agree(remembered: Known, found: Known, names: Iterable[bytes]) -> bool:

@@ -295,13 +295,18 @@ class ValkeyEngine:
 
     def read_soon(self, reads: Sequence[Read], then: Callable[[list[Rows] | None], object]) -> bool:
         """Read on the running event loop, as `read` does; see ``Engine.read_soon``."""
-        if self._wires is None or len(reads) > _AT_ONCE:
+        return self._called_soon(
+            self._reading(reads), lambda answers: then(answers and _pages(reads, answers))
+        )
+
+    def _called_soon(self, commands: Sequence[Command], then: Callable[[list[Any] | None], object]) -> bool:
+        """Call functions on the running event loop; return False if that is not possible now."""
+        if self._wires is None or len(commands) > _AT_ONCE:
             return False
         on_loop = self._on_loops.of(asyncio.get_running_loop())
         if not on_loop.ready:
             return False
-        packed = _packed(self._reading(reads))
-        on_loop.ask(packed, len(reads), lambda answers: then(answers and _pages(reads, answers)))
+        on_loop.ask(_packed(commands), len(commands), then)
         return True
 
     def _reading(self, reads: Sequence[Read]) -> list[Command]:
@@ -323,16 +328,30 @@ class ValkeyEngine:
 
     def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | Rows | None]:
         """Perform each swap whose expected rows are current, as a whole; see ``Engine.swap``."""
+        return [*map(_swapped, swaps, self._called(self._swapping(swaps, who, RECEIPT)))]
+
+    def swap_soon(
+        self,
+        swaps: Sequence[Swap],
+        who: int,
+        then: Callable[[Sequence[Conflict | Rows | None] | None], object],
+    ) -> bool:
+        """Swap on the running event loop, as `swap` does; see ``Engine.swap_soon``."""
+        return self._called_soon(
+            self._swapping(swaps, who, 0), lambda answers: then(answers and [*map(_swapped, swaps, answers)])
+        )
+
+    def _swapping(self, swaps: Sequence[Swap], who: int, receipt: float) -> list[Command]:
         commands: list[Command] = []
         for swap in swaps:
             names = self._names(swap.key)
             base = names[0][:-1]
             keys = (*names, b"%br:%d" % (base, who), base + b"t")
-            commands.append(("FCALL", _SWAP, len(keys), *keys, *self._arguments(swap, who)))
-        return [*map(_swapped, swaps, self._called(commands))]
+            commands.append(("FCALL", _SWAP, len(keys), *keys, *self._arguments(swap, who, receipt)))
+        return commands
 
-    def _arguments(self, swap: Swap, who: int) -> list[bytes | int]:
-        found: list[bytes | int] = [swap.nonce, who, int(swap.fair), int(TURN * 1000), int(RECEIPT * 1000)]
+    def _arguments(self, swap: Swap, who: int, receipt: float) -> list[bytes | int]:
+        found: list[bytes | int] = [swap.nonce, who, int(swap.fair), int(TURN * 1000), int(receipt * 1000)]
         found += [self._channel if swap.wakes else b"", encoded(swap.key)]
         found += [-1 if swap.whole is None else swap.whole, len(swap.expected)]
         for name, digest in swap.expected.items():
