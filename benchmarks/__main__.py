@@ -1,4 +1,4 @@
-"""Run all benchmarks or some: ``python -m benchmarks [names…] [--peers] [--json] [--check] [--plot]``."""
+"""Run benchmarks, or show what earlier runs found: ``python -m benchmarks [names…] [options]``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import peers
+from benchmarks import peers, report
 from benchmarks.harness import (
     NOISY,
     ROOT,
@@ -22,9 +22,10 @@ from benchmarks.harness import (
     WrongAnswer,
     counted,
     machine,
-    measure,
+    measure_on_one_core,
     noisy,
     once,
+    steadiest,
 )
 
 NAMES = (
@@ -57,9 +58,14 @@ def main() -> int:
             from benchmarks import plot  # noqa: PLC0415 - draws what there is
 
             print(plot.draw(RESULTS))
+        elif options.goals:
+            print(report.write_goals(RESULTS, ROOT / "benchmarks" / "README.md"))
+        elif options.compare:
+            return report.compare(*options.compare)
         elif options.check:
             asyncio.run(_check(names))
         else:
+            measure_on_one_core()
             asyncio.run(_measure(names, options))
     except WrongAnswer as wrong:
         print(f"wrong: {wrong}", file=sys.stderr)
@@ -87,6 +93,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="the questions of sharing (default 200,000; at least 100)")
     parser.add_argument("--check", action="store_true", help="run each once, tiny, without timing")
     parser.add_argument("--plot", action="store_true", help="draw the plot from the committed results")
+    parser.add_argument(
+        "--goals", action="store_true", help="write the goals of the newest results into benchmarks/README.md"
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar="FILE",
+        help="compare the ratios of two results; exit with 1 where they differ by more than a fifth",
+    )
     options = parser.parse_args()
     unknown = sorted(set(options.names) - set(NAMES))
     if unknown:
@@ -151,7 +167,7 @@ async def _measure(names: list[str], options: argparse.Namespace) -> None:
             async with _tables(name, sizes, folder) as tables:
                 for table in tables:
                     if isinstance(table, Table):
-                        measured = await measure(table, options.rounds)
+                        measured = await steadiest(table, options.rounds)
                     else:
                         measured = await counted(table)
                     figures["benchmarks"].setdefault(name, []).append(measured)
@@ -250,7 +266,10 @@ def _print(name: str, measured: dict[str, Any]) -> None:
     for peer, why in measured["failed"].items():
         print(f"{peer} failed: {why[:200]}")
     for reference in noisy(measured):
-        print(f"noisy: the rounds of {reference!r} vary by more than {NOISY:.0%}; measure again")
+        print(
+            f"noisy: the rounds of {reference!r} vary by more than {NOISY:.0%}, "
+            f"in each of {measured['measured']} measurements"
+        )
 
 
 def _print_rich(

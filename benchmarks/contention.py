@@ -19,7 +19,7 @@ from typing import Any
 
 import cachepipe
 from benchmarks import data
-from benchmarks.harness import Entry, Sizes, Table, Timed, expect
+from benchmarks.harness import Entry, Sizes, Table, Timed, expect, use_all_cores
 from benchmarks.shared import valkey_server
 
 PROCESSES = 4
@@ -80,6 +80,8 @@ class _Workers:
             )
             for number in range(PROCESSES)
         ]
+        for process in self._processes:
+            use_all_cores(process.pid)
         for process in self._processes:
             self._heard(process)
 

@@ -5,6 +5,9 @@ A benchmark is a module with ``tables``, an async context manager: it builds wha
 falls on all of them, and a ratio of two entries is the median of the ratios within the rounds.
 
 Around each timed region, and never in it, an entry prepares its input and checks what came back.
+
+What is measured runs on one core, and the servers that it asks run on the others (``measure_on_one_core``,
+``leave_that_core``). A table whose references vary too much is measured again (``steadiest``).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import platform
 import sqlite3
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +31,10 @@ from typing import Any, Literal
 ROOT = Path(__file__).resolve().parents[1]
 NOISY = 0.2
 """A reference whose rounds vary by more than this share makes a table worth measuring again."""
+
+TRIES = 3
+"""How often a noisy table is measured at most."""
+_CORES = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
 
 _UNITS = {"µs": 1e6, "ms": 1e3}
 _PACKAGES = ("cachepipe", "diskcache", "orjson", "openai")
@@ -102,7 +110,7 @@ class Entry:
         against: entries of the same table to divide by, with the goal (at most so many times), or None.
         faster: entries of the same table that are divided by this one, with the goal (at least so many
             times), or None; those that are not in the table are left out.
-        prepare: called before each round with its number; the warm-up round has number 0.
+        prepare: called before each round with its number, which no other round has; round 0 warms up.
     """
 
     name: str
@@ -150,6 +158,28 @@ class Tally:
     title: str
     columns: list[str]
     entries: list[Count]
+
+
+def measure_on_one_core() -> None:
+    """Keep this process, and those that it starts, on one core, where the system allows that."""
+    _move(os.getpid(), _CORES[:1])
+
+
+def leave_that_core(pid: int) -> None:
+    """Move a process that answers to the cores on which nothing is measured."""
+    _move(pid, _CORES[1:])
+
+
+def use_all_cores(pid: int) -> None:
+    """Let a process run on any core, because several such processes are measured together."""
+    _move(pid, _CORES)
+
+
+def _move(pid: int, cores: list[int]) -> None:
+    """Bind each thread of a process to cores; with fewer than two cores there is nothing to choose."""
+    if len(_CORES) > 1:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            os.sched_setaffinity(int(task.name), cores)
 
 
 async def counted(tally: Tally) -> dict[str, Any]:
@@ -223,14 +253,31 @@ async def _settled(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
 
 
-async def measure(table: Table, rounds: int) -> dict[str, Any]:
+async def steadiest(table: Table, rounds: int) -> dict[str, Any]:
+    """Measure a table, and measure it again while it is noisy; return the figures that vary least.
+
+    The figures say how often the table was measured.
+    """
+    least, seen = float("inf"), 0
+    for seen in range(1, TRIES + 1):
+        measured = await measure(table, rounds, first=(seen - 1) * (rounds + 1))
+        varied = max((entry["spread"] for entry in _references(measured)), default=0.0)
+        if varied < least:
+            least, steady = varied, measured
+        if not noisy(measured):
+            break
+    return {**steady, "measured": seen}
+
+
+async def measure(table: Table, rounds: int, first: int = 0) -> dict[str, Any]:
     """Return a table's figures, as JSON can hold them, from so many rounds after one that warms up.
 
-    A peer that fails is left out from then on, and the reason is told.
+    A peer that fails is left out from then on, and the reason is told. ``first`` is the number of the round
+    that warms up.
     """
     times: dict[str, list[float]] = {entry.name: [] for entry in table.entries}
     failed: dict[str, str] = {}
-    for number in range(rounds + 1):
+    for number in range(first, first + rounds + 1):
         for entry in table.entries:
             if entry.name in failed:
                 continue
@@ -242,7 +289,7 @@ async def measure(table: Table, rounds: int) -> dict[str, Any]:
                 failed[entry.name] = str(wrong).removeprefix(f"{entry.name}: ")
                 del times[entry.name]
                 continue
-            if number:
+            if number > first:
                 times[entry.name].append(seconds / entry.operations * _UNITS[table.unit])
     return {
         "title": table.title,
@@ -297,12 +344,15 @@ def spread(times: Sequence[float]) -> float:
 
 def noisy(measured: dict[str, Any]) -> list[str]:
     """Return the entries that others are divided by and whose rounds varied too much."""
+    return [entry["name"] for entry in _references(measured) if entry["spread"] > NOISY]
+
+
+def _references(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the entries of a table by which others are divided; a tally has none."""
     if "columns" in measured:
         return []
     used = {ratio["to"] for entry in measured["entries"] for ratio in entry["ratios"]}
-    return [
-        entry["name"] for entry in measured["entries"] if entry["name"] in used and entry["spread"] > NOISY
-    ]
+    return [entry for entry in measured["entries"] if entry["name"] in used]
 
 
 def machine() -> dict[str, Any]:

@@ -2,31 +2,41 @@
 
 The floor is ``python -c pass``, from start to exit; controls import ``asyncio`` and ``diskcache``. The
 names of the package are resolved when they are used, so what a program that builds a pipeline pays is
-an entry of its own. Byte code is compiled beforehand, in the warm-up round.
+an entry of its own. A client is compared with the SDK's own; both look up the resource of chat completions.
+The warm-up round compiles the byte code.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ROOT, Entry, Sizes, Table, expect
+from benchmarks.harness import ROOT, Entry, Goals, Role, Sizes, Table, expect
 
 _FLOOR = "pass"
-_PROGRAMS: tuple[tuple[str, str, float | None], ...] = (
-    ("control", "import asyncio", None),
-    ("control", "import diskcache", None),
-    ("subject", "import cachepipe", 6.0),
-    ("subject", "from cachepipe import OnlineAPI, Request", None),
+_SDK = "from openai import OpenAI; OpenAI(api_key='-').chat.completions"
+_CLIENT = "from cachepipe.clients import OpenAI; OpenAI(api_key='-').chat.completions"
+_HELP = "import sys; sys.argv[1:] = ['--help']; from cachepipe.cli import main; main()"
+_PROGRAMS: tuple[tuple[Role, str, Goals], ...] = (
+    ("control", "import asyncio", {_FLOOR: None}),
+    ("control", "import diskcache", {_FLOOR: None}),
+    ("subject", "import cachepipe", {_FLOOR: 2.0}),
+    ("subject", "from cachepipe import OnlineAPI, Request", {_FLOOR: None}),
+    ("subject", _HELP, {_FLOOR: 6.0}),
+    ("control", _SDK, {_FLOOR: None}),
+    ("subject", _CLIENT, {_SDK: 1.05}),
 )
 
 
-def _start(code: str) -> int:
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode
+def _started(code: str, _: Any) -> int:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
+    return done.returncode
 
 
 def _imported(code: str) -> None:
@@ -42,27 +52,23 @@ def _imported(code: str) -> None:
 @contextlib.asynccontextmanager
 async def tables(sizes: Sizes, folder: Path) -> AsyncIterator[list[Table]]:
     """Yield one table of whole processes."""
-    del sizes, folder
+    del sizes
+    os.environ["CACHEPIPE_DIR"] = str(folder)  # the client's cache
 
     def ended(code: int, _: Any) -> None:
         expect(code == 0, f"the process ended with exit code {code}")
 
     for _, program, _ in _PROGRAMS:
-        _imported(program)
+        if program != _HELP:  # which ends the process
+            _imported(program)
     yield [
         Table(
             "a whole process, python -c …",
             [
-                Entry(_FLOOR, lambda _: _start(_FLOOR), ended, role="floor"),
+                Entry(_FLOOR, functools.partial(_started, _FLOOR), ended, role="floor"),
                 *(
-                    Entry(
-                        program,
-                        lambda _, program=program: _start(program),  # type: ignore[misc]
-                        ended,
-                        role=role,  # type: ignore[arg-type]
-                        against={_FLOOR: goal},
-                    )
-                    for role, program, goal in _PROGRAMS
+                    Entry(program, functools.partial(_started, program), ended, role=role, against=against)
+                    for role, program, against in _PROGRAMS
                 ),
             ],
             "ms",

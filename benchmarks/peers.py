@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import platformdirs
 
-from benchmarks.harness import ROOT, Timed, expect
+from benchmarks.harness import ROOT, Timed, expect, leave_that_core
 
 REQUIRES = {
     "cachesaver": ("cachesaver",),
@@ -179,6 +179,7 @@ class Server:
             stdout=subprocess.PIPE,
             text=True,
         )
+        leave_that_core(self._process.pid)
         assert self._process.stdout is not None
         self.url = f"http://127.0.0.1:{int(self._process.stdout.readline())}"
         self.base_url = f"{self.url}/v1"

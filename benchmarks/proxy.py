@@ -32,13 +32,28 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import orjson
 
 from benchmarks import data
-from benchmarks.harness import ROOT, Count, Entry, Goals, Role, Sizes, Table, Tally, Timed, equal, expect
+from benchmarks.forwarding import Forwarding
+from benchmarks.harness import (
+    ROOT,
+    Count,
+    Entry,
+    Goals,
+    Role,
+    Sizes,
+    Table,
+    Tally,
+    Timed,
+    equal,
+    expect,
+    leave_that_core,
+)
 from benchmarks.peers import Server, environment
 
 CONNECTIONS = 32
@@ -74,8 +89,14 @@ def body(number: int) -> bytes:
 class _Connection(asyncio.Protocol):
     """Asks what is next as soon as it has an answer."""
 
-    def __init__(self, waiting: list[tuple[int, bytes]], answers: list[bytes], done: asyncio.Event) -> None:
-        self._waiting, self._answers, self._done = waiting, answers, done
+    def __init__(
+        self,
+        waiting: list[tuple[int, bytes]],
+        answers: list[bytes],
+        latencies: list[float],
+        done: asyncio.Event,
+    ) -> None:
+        self._waiting, self._answers, self._latencies, self._done = waiting, answers, latencies, done
         self._read = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -89,6 +110,7 @@ class _Connection(asyncio.Protocol):
             self._transport.close()
             return
         self._place, asked = self._waiting.pop()
+        self._asked = time.perf_counter()
         self._transport.write(asked)  # type: ignore[attr-defined]
 
     def data_received(self, data: bytes) -> None:
@@ -98,20 +120,22 @@ class _Connection(asyncio.Protocol):
             return
         at = read.find(b"content-length: ")
         if len(read) >= end + 4 + int(read[at + 16 : read.find(b"\r\n", at)]):
+            self._latencies.append(time.perf_counter() - self._asked)
             self._answers[self._place] = read
             self._read = b""
             self.next()
 
 
-async def _ask(port: int, asked: Sequence[bytes], connections: int) -> tuple[float, list[bytes]]:
-    """Ask all of it, in order; return the seconds that took, and the answers."""
+async def _ask(port: int, asked: Sequence[bytes], connections: int) -> tuple[float, list[bytes], list[float]]:
+    """Ask all of it, in order; return the seconds that took, the answers, and the seconds of each."""
     waiting, answers = list(enumerate(asked))[::-1], [b""] * len(asked)
     loop = asyncio.get_running_loop()
     made, ends = [], []
+    latencies: list[float] = []
     for _ in range(min(connections, len(asked))):
         ends.append(asyncio.Event())
         there = await loop.create_connection(
-            lambda: _Connection(waiting, answers, ends[-1]), "127.0.0.1", port
+            lambda: _Connection(waiting, answers, latencies, ends[-1]), "127.0.0.1", port
         )
         made.append(there[1])
     start = time.perf_counter()
@@ -119,11 +143,11 @@ async def _ask(port: int, asked: Sequence[bytes], connections: int) -> tuple[flo
         each.next()
     for end in ends:
         await end.wait()
-    return time.perf_counter() - start, answers
+    return time.perf_counter() - start, answers, latencies
 
 
-def _request(port: int, path: str, content: bytes | None) -> bytes:
-    host = f"Host: 127.0.0.1:{port}\r\n"
+def _request(port: int, path: str, content: bytes | None, headers: str = "") -> bytes:
+    host = f"Host: 127.0.0.1:{port}\r\n{headers}"
     if content is None:
         return f"GET {path} HTTP/1.1\r\n{host}\r\n".encode()
     head = f"POST {path} HTTP/1.1\r\n{host}{_SDK}Content-Length: {len(content)}\r\n\r\n"
@@ -159,17 +183,25 @@ def _load() -> None:
             if number not in bodies:
                 bodies[number] = body(number)
         asked = [
-            _request(told["port"], path, None if told["get"] else bodies[number])
+            _request(told["port"], path, None if told["get"] else bodies[number], told["headers"])
             for path in told["paths"]
             for number in numbers
         ]
         try:
-            seconds, answers = run(_ask(told["port"], asked, told["connections"]))
+            seconds, answers, latencies = run(_ask(told["port"], asked, told["connections"]))
             done: dict[str, Any] = {"seconds": seconds, "answers": list(map(_told, answers))}
+            done["latencies"] = latencies
         except OSError as error:
             done = {"failed": str(error)}
         Path(told["to"]).write_text(json.dumps(done), encoding="utf-8")
         print("done", flush=True)
+
+
+@dataclass(frozen=True)
+class Asked(Timed):
+    """What was answered, and the seconds that each answer has taken."""
+
+    latencies: list[float]
 
 
 class _Load:
@@ -178,6 +210,8 @@ class _Load:
     def __init__(self, folder: Path) -> None:
         self._to = folder / "answers.json"
         self._process = _started([sys.executable, "-m", "benchmarks.proxy", "load"])
+        self.pid = self._process.pid
+        leave_that_core(self._process.pid)
 
     def __enter__(self) -> Self:
         return self
@@ -193,9 +227,11 @@ class _Load:
         *,
         get: bool = False,
         connections: int = CONNECTIONS,
-    ) -> Timed:
+        headers: str = "",
+    ) -> Asked:
         """Ask all questions at each path; the result is what is to be checked of each answer."""
         asked = {"port": port, "paths": paths, "questions": questions, "get": get, "connections": connections}
+        asked["headers"] = headers
         self._process.stdin.write(json.dumps({**asked, "to": str(self._to)}) + "\n")
         self._process.stdin.flush()
         if not self._process.stdout.readline():
@@ -203,7 +239,7 @@ class _Load:
         told = json.loads(self._to.read_text(encoding="utf-8"))
         if "failed" in told:
             raise RuntimeError(told["failed"])
-        return Timed(told["seconds"], told["answers"])
+        return Asked(told["seconds"], told["answers"], told["latencies"])
 
 
 # The processes that answer.
@@ -238,8 +274,8 @@ def cpu_seconds(pid: int) -> float | None:
 class _Proxy:
     """``cachepipe serve`` in front of the server, with its cache in a folder."""
 
-    def __init__(self, upstream: str, folder: Path) -> None:
-        self._upstream, self._folder = upstream, folder
+    def __init__(self, upstream: str, folder: Path, *options: str) -> None:
+        self._upstream, self._folder, self._options = upstream, folder, options
         self._process: Any = None
 
     def __enter__(self) -> Self:
@@ -260,7 +296,9 @@ class _Proxy:
         if self._process is not None:
             _ended(self._process)
         serve = [sys.executable, "-m", "cachepipe", "serve", "--upstream", self._upstream, "--cache"]
-        self._process = _started([*serve, str(self._folder), "--port", "0", "--log", "errors", "--json"])
+        self._process = _started(
+            [*serve, str(self._folder), "--port", "0", "--log", "errors", "--json", *self._options]
+        )
         told = self._process.stdout.readline()
         expect(bool(told), "cachepipe serve has ended before it listened")
         self.port = int(json.loads(told)["url"].rpartition(":")[2])
@@ -359,7 +397,7 @@ class _Constant(asyncio.Protocol):
         end = read.find(b"\r\n\r\n")
         if end < 0:
             return
-        at = read.find(b"Content-Length: ", 0, end)
+        at = max(read.find(b"Content-Length: ", 0, end), read.find(b"content-length: ", 0, end))
         if len(read) >= end + 4 + int(read[at + 16 : read.find(b"\r\n", at)]):
             self._read = b""
             self._transport.write(self.written)  # type: ignore[attr-defined]
@@ -510,6 +548,7 @@ async def tables(sizes: Sizes, folder: Path) -> AsyncIterator[list[Table | Tally
         goals: dict[str, Any] = {} if sizes.check else {"hits per CPU second": ("≥", 8000.0)}
         if cpu_seconds(os.getpid()) is None:
             goals = {} if sizes.check else {"hits/s": ("≥", 8000.0)}
+        forwarding = Forwarding(sizes, folder, load, floor, cpu_seconds, _Proxy)
         yield [
             Table(f"{measured.operations:,} requests over {CONNECTIONS} connections", measured.entries),
             Tally(
@@ -520,6 +559,7 @@ async def tables(sizes: Sizes, folder: Path) -> AsyncIterator[list[Table | Tally
                     for row in rows
                 ],
             ),
+            *forwarding.tallies(),
         ]
 
 

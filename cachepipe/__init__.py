@@ -142,6 +142,7 @@ if TYPE_CHECKING:
     )
     from cachepipe.experiments import Experiment as Experiment
     from cachepipe.experiments import experiment as experiment
+    from cachepipe.figures import stats as stats
     from cachepipe.flow import (
         AsyncLimiter as AsyncLimiter,
     )
@@ -215,6 +216,7 @@ if TYPE_CHECKING:
     from cachepipe.typedefs import (
         SingleRequestModel as SingleRequestModel,
     )
+    from cachepipe.verifying import verify as verify
 
 __version__ = "0.1.0"
 
@@ -260,6 +262,8 @@ _HOMES = {
     ),
     "cachepipe.flow": ("AsyncLimiter", "AsyncRetrier", "Budget", "Limits", "Retries"),
     "cachepipe.pipelines": ("LocalAPI", "OnlineAPI", "OrderedLocalAPI"),
+    "cachepipe.figures": ("stats",),
+    "cachepipe.verifying": ("verify",),
     "cachepipe.removing": ("compact", "discard", "forget", "prune"),
     "cachepipe.runs": ("run",),
     "cachepipe.services": ("Service", "Services"),
@@ -292,18 +296,20 @@ __all__ = sorted(_WHERE)  # noqa: PLE0605 - a list of strings all the same
 _WHERE |= dict.fromkeys(("load_ipython_extension", "unload_ipython_extension"), "cachepipe.notebook")
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used, so that ``import cachepipe`` stays light."""
-    module = _WHERE.get(name)
-    if module is None:
-        for elsewhere in () if name.startswith("_") else ("cachepipe.clients", "cachepipe.models"):
-            if name in importlib.import_module(elsewhere).__all__:
-                # Python replaces the message of an AttributeError in ``from cachepipe import …``.
-                raise ImportError(f"{name} is in {elsewhere}: from {elsewhere} import {name}")
-        raise AttributeError(f"module 'cachepipe' has no attribute {name!r}")
-    value = getattr(importlib.import_module(module), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # else type checkers would take any name for one of the package
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name when it is first used, so that ``import cachepipe`` stays light."""
+        module = _WHERE.get(name)
+        if module is None:
+            for elsewhere in () if name.startswith("_") else ("cachepipe.clients", "cachepipe.models"):
+                if name in importlib.import_module(elsewhere).__all__:
+                    # Python replaces the message of an AttributeError in ``from cachepipe import …``.
+                    raise ImportError(f"{name} is in {elsewhere}: from {elsewhere} import {name}")
+            raise AttributeError(f"module 'cachepipe' has no attribute {name!r}")
+        value = getattr(importlib.import_module(module), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -4,8 +4,9 @@
 call's first sample. *As asked* is what the request would have cost alone, as it was written, in one call.
 *Saved* is as asked less billed. *Spent* is everything that was generated: what was billed, and what reached
 no request (`Account.spend`). *Wasted* is the part of spent that no namespace holds. The usage of a sample is
-recorded in its header (`noted`), so that stored rows can be summed without parsing answers. Nothing here does
-I/O; the caller passes a function that knows prices.
+recorded in its header (`noted`), so that stored rows can be summed without parsing answers. Where the answer
+says what its call has cost, that is its price. Nothing here does I/O; the caller passes a function that knows
+the prices of tokens.
 """
 
 from __future__ import annotations
@@ -17,14 +18,20 @@ from typing import Any, Final, NamedTuple, Self
 
 import orjson
 
-from cachepipe.wire import bills_prompt, model_in, token_counts, usage_in
+from cachepipe.wire import bills_prompt, model_in, reported_cost, token_counts, usage_in
 from cachepipe.wire.usage import COUNTS
 
 NAMES: Final = (*COUNTS, "samples", "unknown")
 """The sums: tokens by kind, samples, and samples without usage."""
 
+_SUMS: Final = (*NAMES, "nanos")
+"""The sums in stored rows: also what providers say that calls have cost, in billionths of a US dollar."""
+_REPORTED: Final = "#reported"
+"""Ends the URLs of samples with such a cost; their tokens have no price."""
+
 _OF_PROMPT: Final = ("prompt_tokens", "cached_tokens")
 _MOST: Final = 1 << 40  # tokens of one sample above which its usage cannot be right
+_MOST_NANOS: Final = 10**15
 _LONGEST: Final = 200  # characters of a name in a header
 SOLD: Final = b'"sold":'  # the last field of a header: what was sold, to whom a price belongs
 _USAGE: Final = b',"usage":['  # the last field of what was sold
@@ -46,12 +53,14 @@ class Usage(NamedTuple):
         counts: its tokens by kind, including its call's whole prompt; None if its provider reports none.
         first: whether the prompt of its call was billed with it.
         url: where the call went; None if it went where the question is asked.
+        nanos: what its provider says that it has cost, in billionths of a US dollar; None if it does not.
     """
 
     model: str | None
     counts: Mapping[str, int] | None
     first: bool
     url: str | None = None
+    nanos: int | None = None
 
 
 def usage_of(sample: Mapping[str, Any]) -> Usage:
@@ -62,6 +71,7 @@ def usage_of(sample: Mapping[str, Any]) -> Usage:
         model if isinstance(model, str) else None,
         None if counts["total_tokens"] is None or not _are_counts([*known.values()]) else known,
         bills_prompt(sample),
+        nanos=reported_cost(usage_in(sample)),
     )
 
 
@@ -86,6 +96,7 @@ def noted(sample: Mapping[str, Any], url: str | None = None, asked: Any = None) 
         "model": model if is_name(model) else None,
         "url": url,
         "first": None if usage.first else False,
+        "nanos": usage.nanos,
         "usage": None if usage.counts is None else [*usage.counts.values()],
     }
     return {
@@ -115,12 +126,14 @@ def usage_sold(sold: bytes) -> Usage:
     if not isinstance(found, dict):
         return Usage(None, None, first=True)
     model, url, usage = found.get("model"), found.get("url"), found.get("usage")
+    nanos = found.get("nanos")
     counts = usage if isinstance(usage, list) and len(usage) == len(COUNTS) and _are_counts(usage) else None
     return Usage(
         model if isinstance(model, str) else None,
         None if counts is None else dict(zip(COUNTS, counts, strict=True)),
         found.get("first") is not False,
         url if isinstance(url, str) else None,
+        nanos if type(nanos) is int and 0 <= nanos < _MOST_NANOS else None,
     )
 
 
@@ -153,9 +166,11 @@ class Account:
             times: how often it is added; -1 takes it off.
             samples: the number of samples in the sum.
         """
-        sums = self._sums((usage.model, usage.url or url))
-        sums["samples"] += times * samples
         counts = usage.counts
+        place, nanos = usage.url or url, None if counts is None else usage.nanos
+        sums = self._sums((usage.model, place if nanos is None else place + _REPORTED))
+        sums["samples"] += times * samples
+        sums["nanos"] += times * (nanos or 0)
         if counts is None:
             sums["unknown"] += times
             return
@@ -191,7 +206,8 @@ class Account:
                 continue
             usage = usage_sold(sold + b"}")
             sums = {name: sum(numbers[place :: len(COUNTS)]) for place, name in enumerate(COUNTS)}
-            whole = Usage(usage.model, sums, usage.first, usage.url)
+            nanos = None if usage.nanos is None else usage.nanos * len(counts)
+            whole = Usage(usage.model, sums, usage.first, usage.url, nanos)
             self.add(whole, url, prompt=prompts or usage.first, samples=len(counts))
 
     def _add_sold(self, sold: bytes, url: str, *, prompts: bool) -> None:
@@ -222,7 +238,7 @@ class Account:
         cost: float | None = None if self.sold else 0.0
         unpriced = 0
         for (model, url), sums in self.sold.items():
-            part = price(sums, model, url)
+            part = sums["nanos"] / 1e9 if url.endswith(_REPORTED) else price(sums, model, url)
             unpriced += sums["samples"] if part is None else sums["unknown"]
             if part is not None and not 0 < sums["unknown"] == sums["samples"]:
                 cost = part + (cost or 0.0)
@@ -236,13 +252,14 @@ class Account:
     def of_seller(self, seller: Seller) -> Account:
         """Return the sums of one model at one URL."""
         part = Account()
-        if seller in self.sold:
-            part.sold[seller] = self.sold[seller]
+        for each in (seller, (seller[0], seller[1] + _REPORTED)):
+            if each in self.sold:
+                part.sold[each] = self.sold[each]
         return part
 
     def rows(self) -> list[list[Any]]:
-        """Return the sums as JSON can hold them: a model, a URL and the counts in the order of ``NAMES``."""
-        return [[*seller, *(sums[name] for name in NAMES)] for seller, sums in self.sold.items()]
+        """Return the sums as JSON can hold them: a model, a URL and the counts in the order of ``_SUMS``."""
+        return [[*seller, *(sums[name] for name in _SUMS)] for seller, sums in self.sold.items()]
 
     @classmethod
     def of(cls, rows: Iterable[Sequence[Any]]) -> Self:
@@ -258,7 +275,7 @@ class Account:
                 raise ValueError(
                     f"sums are a model, a URL and whole numbers; got {[model, url, *counts]!r:.200}"
                 )
-            account.sold[model, url] = dict(zip(NAMES, counts, strict=True))
+            account.sold[model, url] = dict(zip(_SUMS, counts, strict=True))
         return account
 
     def dumps(self) -> bytes:
@@ -279,7 +296,7 @@ class Account:
     def _sums(self, seller: Seller) -> dict[str, int]:
         sums = self.sold.get(seller)
         if sums is None:
-            sums = self.sold[seller] = dict.fromkeys(NAMES, 0)
+            sums = self.sold[seller] = dict.fromkeys(_SUMS, 0)
         return sums
 
 
@@ -420,7 +437,8 @@ def sums(spent: Account, delivered: Delivered) -> dict[str, Account]:
 
 def by_model(accounts: Mapping[str, Account], price: Price) -> list[dict[str, Any]]:
     """Return sums by model and URL, the dearest first: rows of ``model``, ``url`` and each sum by name."""
-    sellers = dict.fromkeys(seller for account in accounts.values() for seller in account.sold)
+    sold = [seller for account in accounts.values() for seller in account.sold]
+    sellers = dict.fromkeys((model, url.removesuffix(_REPORTED)) for model, url in sold)
     rows: list[dict[str, Any]] = []
     for seller in sellers:
         parts = {name: account.of_seller(seller).as_dict(price) for name, account in accounts.items()}

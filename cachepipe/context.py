@@ -98,7 +98,7 @@ def current() -> Using:
 
 def claimed(request: Request) -> Request:
     """Return a request that names who draws, as the blocks around say, where it does not say so itself."""
-    settings = current()
+    settings = _current.get() if not cells.loaded else current()
     if settings is _NOTHING or not isinstance(request, Request):
         return request
     own = {

@@ -90,7 +90,8 @@ class Pipeline(Stage):
             CacheMiss: in replay mode, when not all of them are stored.
             UnkeyableValue: when no stable key can be made from the request.
         """
-        self._check_open()
+        if self._closed:
+            self._check_open()
         return await self._head.request(request)
 
     async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:

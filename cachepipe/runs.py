@@ -37,6 +37,7 @@ KEPT: Final = 50_000
 _PART: Final = 256  # identities that move to the file at once: about a millisecond
 _SEVERAL: Final = 20  # draws before anything is said about most of them
 _TOUCHED: Final = 20_000  # places remembered; by then all has been said
+_STREAK: Final = 4  # new draws in a row after which the next one is expected to be new
 _USED: Final = 50_000  # uses of shared draws remembered; one that is forgotten is looked up again
 
 _K = TypeVar("_K", bound=tuple[str, ...])
@@ -148,6 +149,7 @@ class Occurrences:
 
     Attributes:
         name: the name of the run, drawn at random; a run with several stores has one for each.
+        expects_new: whether its next draw is probably new, so that a claim is better than a look.
         inputs: the number of texts that IPython had executed when the run began; 0 elsewhere.
     """
 
@@ -155,6 +157,8 @@ class Occurrences:
         global _newest  # noqa: PLW0603 - this is the place that keeps it
         _newest = time.monotonic()
         self.name = secrets.token_hex(8)
+        self.expects_new = False
+        self._new_in_a_row = 0
         self.inputs = len(cells.inputs())
         self._lock = threading.Lock()
         self._next: Spilling[Identity, int] = Spilling(int, int, int, kept)
@@ -210,6 +214,11 @@ class Occurrences:
                 self._returned[identity] = returned
             else:
                 self._returned.pop(identity, None)
+
+    def claimed(self, *, new: bool) -> None:
+        """Note whether a draw that was claimed was new in the ledger."""
+        self._new_in_a_row = self._new_in_a_row + 1 if new else 0
+        self.expects_new = self._new_in_a_row >= _STREAK
 
     @property
     def replays(self) -> bool:

@@ -37,6 +37,8 @@ _CLIENTS: Final = {
     "groq": ("AsyncGroq", "Groq"),
     "google": ("AsyncGemini", "Gemini"),
 }
+_CHATS: Final = frozenset({"openai", "together", "groq"})
+"""The SDKs with chat completions, which sessions and completions need."""
 _PREFIXES: Final = {**{preset.sdk: preset.prefix for preset in presets.PRESETS.values()}, "google": "/v1"}
 """By SDK, the end of the base URL that it writes into its paths; Google's writes another version there."""
 
@@ -187,7 +189,10 @@ class Service:
         Raises:
             ValueError: when there is no key, and one is needed.
         """
-        options: dict[str, Any] = {"base_url": self.base_url.removesuffix(_PREFIXES[sdk])}
+        url = self.base_url.removesuffix(_PREFIXES[sdk])
+        if sdk == "openai" and self._preset is not None:
+            url += self._preset.chat
+        options: dict[str, Any] = {"base_url": url}
         if self._basic is not None:
             return {**options, "api_key": NO_KEY, "default_headers": {"Authorization": self._basic}}
         key = stripped(self._api_key)
@@ -203,8 +208,11 @@ class Service:
     def lent(self, cache: Store, mode: Mode, repeat: Repeat, sdk: str | None = None) -> Any:
         """Return the shared client of sessions and completions for a store; on the portal's loop only.
 
-        It is closed with this service, or when the service is no longer referenced.
+        A known provider whose own SDK has no chat completions is asked by OpenAI's protocol. The client is
+        closed with this service, or when the service is no longer referenced.
         """
+        if sdk is None and self.sdk not in _CHATS and self._preset is not None:
+            sdk = "openai"
         if self._lent is None or not self._lent.holds:
             self._lent = Loan(self.flow)
             weakref.finalize(self, self._lent.end).atexit = False

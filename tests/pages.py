@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -28,7 +29,7 @@ def examples_of(text):
 def check_example(code, printed, folder, **environment):
     """Run an example in a folder; it prints what the page shows, and warns of nothing."""
     (folder / "caches").mkdir()
-    ran = subprocess.run(
+    ran = forked.run(
         [sys.executable, "-W", "error", "-c", code],
         cwd=folder,
         env={**os.environ, **environment},
@@ -72,7 +73,8 @@ class Page:
 
     def printed(self, name, folder):
         """Run a Python example in a folder; return what it prints."""
-        done = _ran([sys.executable, "-c", self.block(f"example: {name}")], folder)
+        command = [sys.executable, "-c", self.block(f"example: {name}")]
+        done = forked.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -89,4 +91,4 @@ def path_of(folder):
     jq = folder / "jq"
     jq.write_text(f"#!{sys.executable}\n{_JQ}")
     jq.chmod(0o755)
-    return os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return os.pathsep.join([str(folder), str(forked.programs()), os.environ["PATH"]])

@@ -27,7 +27,8 @@ class ValkeyNode:
 
     def __init__(self, folder, port=None, **settings):
         self.port = port or free_port()
-        self.settings = {"appendonly": "yes", "appendfsync": "always", **settings}
+        own = {"appendonly": "yes", "appendfsync": "always", "repl-diskless-sync-delay": "0"}
+        self.settings = {**own, **settings}
         self.folder = folder
         self.start()
 
@@ -59,6 +60,11 @@ class ValkeyNode:
         """Return a client of the server."""
         return valkey.Valkey(port=self.port)
 
+    def wait_until_in_step(self):
+        """Wait until the server, a replica, has what its primary has."""
+        with self.client() as client:
+            wait_until(lambda: client.info("replication")["master_link_status"] == "up")
+
 
 class ValkeyCluster:
     """A cluster: three primaries with a replica each, which take over from each other.
@@ -79,10 +85,10 @@ class ValkeyCluster:
             client.execute_command("CLUSTER ADDSLOTSRANGE", first, last)
         for node in self.nodes[1:]:
             clients[0].execute_command("CLUSTER MEET", node.host, node.port)
-        self.wait_until(lambda: all(map(self._knows_all, clients)))
+        wait_until(lambda: all(map(self._knows_all, clients)))
         for primary, replica in zip(clients[:3], clients[3:], strict=True):
             replica.execute_command("CLUSTER REPLICATE", primary.execute_command("CLUSTER MYID").decode())
-        self.wait_until(self.in_step)
+        wait_until(self.in_step)
         for client in clients:
             client.close()
 
@@ -109,13 +115,6 @@ class ValkeyCluster:
             and all(state["cluster_state"] == "ok" for _, state in found)
         )
 
-    def wait_until(self, true, seconds=60):
-        """Wait for what no event announces."""
-        until = time.monotonic() + seconds
-        while not true():
-            assert time.monotonic() < until, "the cluster has not come up"
-            time.sleep(0.05)
-
     def replica_of(self, primary):
         """Return the replica of a primary."""
         return next(node for node, info, _ in self._infos() if info.get("master_port") == primary.port)
@@ -135,9 +134,9 @@ class ValkeyCluster:
             meanwhile()
         primary.kill()
         replica.send_signal(signal.SIGCONT)
-        self.wait_until(lambda: len(self.primaries()) == 3)
+        wait_until(lambda: len(self.primaries()) == 3)
         primary.start()
-        self.wait_until(self.in_step)
+        wait_until(self.in_step)
 
     def url(self, more=""):
         """Return the URL of a cache; ``more`` is the end of its prefix, and further options."""
@@ -148,6 +147,14 @@ class ValkeyCluster:
         """Kill all servers."""
         for node in self.nodes:
             node.close()
+
+
+def wait_until(true, seconds=60):
+    """Wait for what no event announces."""
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, "the servers have not come up"
+        time.sleep(0.02)
 
 
 def free_port(*, bus=False):

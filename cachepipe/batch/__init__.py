@@ -57,5 +57,5 @@ __all__ = [
     "run_file",
 ]
 
-
-__getattr__, __dir__ = lazy.names(__name__, _HOMES)
+if not TYPE_CHECKING:  # else type checkers would take any name for one of the package
+    __getattr__, __dir__ = lazy.names(__name__, _HOMES)

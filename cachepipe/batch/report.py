@@ -25,6 +25,8 @@ class Report:
         generated: samples that the model returned.
         delivered: what the answered lines would have cost alone, were billed, and saved, in tokens.
         spent: the tokens of all samples that the model returned.
+        wasted: those of them that no namespace holds at the end of the run.
+        run: the name of the run, as ``stats`` lists it.
         calls: calls that were made; repetitions within the SDK are not counted.
         in_flight: lines that are being answered now.
         most_ahead: the largest number of lines in memory, counted from the line that is written next.
@@ -47,6 +49,8 @@ class Report:
     generated: int = 0
     delivered: Delivered = field(default_factory=Delivered)
     spent: Account = field(default_factory=Account)
+    wasted: Account = field(default_factory=Account)
+    run: str = ""
     calls: int = 0
     in_flight: int = 0
     most_ahead: int = 0
@@ -65,8 +69,8 @@ class Report:
         self.example = self.example or message
 
     def accounts(self) -> dict[str, Account]:
-        """Return the sums of tokens by name: spent, as asked, billed, saved and unreported."""
-        return sums(self.spent, self.delivered)
+        """Return the sums of tokens by name: spent, as asked, billed, saved, unreported and wasted."""
+        return {**sums(self.spent, self.delivered), "wasted": self.wasted}
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures by name, paths as strings; sums of tokens as `Account.as_dict` does."""

@@ -25,6 +25,7 @@ from cachepipe.prices import Prices
 from cachepipe.providers import presets
 from cachepipe.stores import MemoryStore, open_store, switched_off
 from cachepipe.stores.base import Store
+from cachepipe.stores.sums import wasted_by
 from cachepipe.typedefs import Mode, Response
 
 WINDOW: Final = 4
@@ -73,9 +74,16 @@ async def run_file(
             store, owned = _store(settings.cache, settings.mode, settings.durability)
             draws = FileDraws(model, store, settings, report)
             try:
-                await _Run(lines, results, draws, report, settings).drive()
+                try:
+                    with runs.run() as run:
+                        report.run = run.of(store.identity).name
+                        await _Run(lines, results, draws, report, settings).drive()
+                finally:
+                    await draws.close()
+                if settings.mode == "bypass" or report.accounts()["unreported"].counts()["samples"]:
+                    # Else each sample was delivered, so its draw holds it, and no row needs to be read.
+                    report.wasted = await asyncio.to_thread(wasted_by, store, report.run)
             finally:
-                await draws.close()
                 if owned:
                     await asyncio.to_thread(store.close)
                 report.seconds = time.perf_counter() - begun
@@ -140,18 +148,17 @@ class _Run:
         stop.listen(self._wake.set)
         deadline: asyncio.TimerHandle | None = None
         try:
-            with runs.run():
-                while self._unfinished:
-                    self._wake.clear()
-                    await self._begin()
-                    await self._write()
-                    self._draws.count()
-                    if stop.forced or (stop.asked and not self._running):
-                        break
-                    if stop.asked and deadline is None:
-                        deadline = asyncio.get_running_loop().call_later(self._settings.grace, stop.now)
-                    if self._running:
-                        await self._wake.wait()
+            while self._unfinished:
+                self._wake.clear()
+                await self._begin()
+                await self._write()
+                self._draws.count()
+                if stop.forced or (stop.asked and not self._running):
+                    break
+                if stop.asked and deadline is None:
+                    deadline = asyncio.get_running_loop().call_later(self._settings.grace, stop.now)
+                if self._running:
+                    await self._wake.wait()
         finally:
             if deadline is not None:
                 deadline.cancel()

@@ -17,8 +17,11 @@ from cachepipe.adapting import hooks_of
 from cachepipe.cache.calls import Caller
 from cachepipe.cache.drawing import (
     Drawing,
+    claim_of,
     count_draw,
     keep_extra,
+    new_token,
+    note_claim,
     note_place,
     respond,
     start,
@@ -175,6 +178,7 @@ class Cache:
         """Return the samples of a request's draws if all of them are stored, else None.
 
         Only reads, except that a claim which is not written takes indices in memory. Thread-safe.
+        After several new draws it leaves the next one to a claim, which also finds what is stored.
 
         Args:
             claimant: who draws.
@@ -190,6 +194,8 @@ class Cache:
             return None
         if run is None:
             run = runs.current(self.store.identity)
+        if run.expects_new and not self.in_memory:
+            return None
         if counter is None:
             counter = run
         found: list[Found] = []
@@ -224,23 +230,27 @@ class Cache:
     ) -> Found | None:
         """Return the samples of a draw if all of them are stored; an error gives its number back."""
         user = label(claimant.namespace) if draw.shared else draw.namespace
-        found: Found | None = None
         try:
             grant = self._granted(draw, user, question, n, run)
-            if grant is None:
-                return None
-            found = Found(self, run, counter, user, question, draw, grant, [])
+        except BaseException:
+            give_back(draw, counter)
+            raise
+        if grant is None:
+            return None
+        return self._found(Found(self, run, counter, user, question, draw, grant, []), claimant)
+
+    def _found(self, found: Found, claimant: Claims) -> Found:
+        """Count a draw and decode its samples, which are all stored; an error gives its number back."""
+        grant, run = found.grant, found.run
+        try:
             if grant.shared:
-                warn_shared(question, claimant, run)
-            count_draw(run, draw, grant)
+                warn_shared(found.question, claimant, run)
+            count_draw(run, found.draw, grant)
             for sample in grant.samples:
                 if sample is not None:
                     found.values.append(self.decode(sample))
         except BaseException:
-            if found is None:
-                give_back(draw, counter)
-            else:
-                found.give_back()
+            found.give_back()
             raise
         return found
 
@@ -270,7 +280,8 @@ class Cache:
     ) -> Found | Drawing:
         """Return what is stored for a request of one question, or begin to draw it.
 
-        While claims are queued, a request joins them: their transaction also finds what is stored.
+        While claims are queued, a request joins them: their transaction also finds what is stored. After
+        several new draws the next one is claimed, for the same reason.
 
         Args:
             request: the request.
@@ -281,8 +292,10 @@ class Cache:
         """
         if self.in_memory or self.mode != "read-write" or not queue.idle:
             return self.draw(request, question, queue, turn=turn)
-        self.requests += 1
         run = runs.current(self.store.identity)
+        if run.expects_new:
+            return self.draw(request, question, queue, run=run, turn=turn)
+        self.requests += 1
         draw = draw_of(question.key, request, run, shared=self.shares(question))
         found = self._find(draw, request, question, request.n, run, run)
         if found is None:
@@ -343,14 +356,30 @@ class Cache:
         counter: Counter | None,
         run: runs.Occurrences | None,
         turn: Arrive | None,
-    ) -> Drawing:
+    ) -> Found | Drawing:
+        """Claim the samples of a draw, or generate those of a request that claims nothing."""
         stored = draw is not None and not self.store.read_only
+        refresh, token = self.mode == "refresh", new_token()
+        result: Grant | Exception | None = None
+        if draw is not None and run is not None and counter is not None and stored:
+            user = label(request.namespace) if draw.shared else draw.namespace
+            if request.n <= MANY and queue.alone():
+                result = queue.claim_now(
+                    claim_of(draw, request.n, question, token, user, run, refresh=refresh)
+                )
+            if isinstance(result, Grant) and None not in result.samples:
+                note_claim(run, draw, user, result)
+                found = Found(self, run, counter, user, question, draw, result, [])
+                self._deliver(self._found(found, request))
+                return found
         taken = None if turn is None else turn()
-        drawing = Drawing(self, queue, request, question, draw, counter, run, taken, stored=stored)
-        if stored:
-            drawing.claim(refresh=self.mode == "refresh", at_once=request.n <= MANY and queue.alone())
-        else:
+        drawing = Drawing(self, queue, request, question, draw, counter, run, taken, token, stored=stored)
+        if not stored:
             drawing.generate()
+        elif result is None:
+            drawing.claim(refresh=refresh)
+        else:
+            drawing.claimed(result)
         if not drawing.state.complete:
             drawing.own()
         return drawing

@@ -66,6 +66,7 @@ class Drawing:
         counter: what counted its occurrence.
         run: the run that it belongs to.
         turn: the turn of its request, if answers are handed over in order.
+        token: identifies its claims.
         stored: whether the ledger records it.
     """
 
@@ -101,6 +102,7 @@ class Drawing:
         counter: Counter | None,
         run: runs.Occurrences | None,
         turn: Turn | None,
+        token: str,
         *,
         stored: bool,
     ) -> None:
@@ -114,7 +116,7 @@ class Drawing:
         self.turn = turn
         self.noted: Place | None = None  # the place that the draw has noted
         self.user = label(request.namespace)
-        self.token = f"{next(_tokens):x}"
+        self.token = token
         self.state = DrawState(request.n, stored=stored)
         self.values: list[Any] = [None] * request.n
         self.headers = [b""] * request.n  # by position: what is stored beside the sample
@@ -130,23 +132,23 @@ class Drawing:
         """Generate all samples, for this caller alone."""
         self.perform(self.state.unsaved())
 
-    def claim(self, *, refresh: bool = False, at_once: bool = False) -> None:
-        """Claim the samples: at once if no lock is in the way, else at the end of the turn."""
+    def claim(self, *, refresh: bool = False) -> None:
+        """Claim the samples at the end of the turn."""
         draw, run = self.draw, self.run
         if draw is None or run is None:
             raise RuntimeError("a draw without an identity cannot be claimed")
-        user = self.user if draw.shared else None
-        claim = Claim(draw, self.state.n, self.question, self.token, refresh, user)
-        if run.replays:
-            claim.avoid = run.taken(draw.namespace, self.question.key)
+        claim = claim_of(draw, self.state.n, self.question, self.token, self.user, run, refresh=refresh)
         lacking: Callable[[], None] | None = None
         if self.turn is not None:
             self.turn.line.claiming()
             lacking = self._lacks
-        if at_once:
-            self.queue.put_now(claim, self._granted, lacking=lacking)
-        else:
-            self.queue.put(claim, self._granted, lacking=lacking)
+        self.queue.put(claim, self._granted, lacking=lacking)
+
+    def claimed(self, result: Grant | Exception) -> None:
+        """Learn the result of a claim that was made at once."""
+        if self.turn is not None:
+            self.turn.line.claiming()
+        self.queue.tell_now(self._granted, result)
 
     def own(self) -> None:
         """Copy the request, as the caller may change its own object from now on."""
@@ -228,12 +230,11 @@ class Drawing:
             self.perform(self.state.spoiled(grant.mine, error))
 
     def _note(self, grant: Grant) -> None:
-        """Note the use of a shared draw; give the warnings that each run gives once."""
+        """Note what was claimed; give the warnings that each run gives once."""
         draw, run = self.draw, self.run
         if draw is None or run is None:
             return
-        if draw.shared:
-            run.used.add((self.question.key, self.user))
+        note_claim(run, draw, self.user, grant)
         if grant.shared:
             warn_shared(self.question, self.request, run)
         pays_again = grant.mine and draw.occurrence and self.cache.mode == "read-write"
@@ -489,6 +490,35 @@ class DrawDemand(Demand):
     def fail(self, slots: Sequence[int], error: BaseException | None) -> None:
         """Learn that the call for samples failed; the error is None if the call was withdrawn."""
         self.drawing.fail(slots, error)
+
+
+def new_token() -> str:
+    """Return a token that identifies the claims of one draw in this process."""
+    return f"{next(_tokens):x}"
+
+
+def claim_of(
+    draw: Draw,
+    n: int,
+    question: Question,
+    token: str,
+    user: str,
+    run: runs.Occurrences,
+    *,
+    refresh: bool,
+) -> Claim:
+    """Return the claim of a draw; ``user`` is the label of the namespace that makes it."""
+    claim = Claim(draw, n, question, token, refresh, user if draw.shared else None)
+    if run.replays:
+        claim.avoid = run.taken(draw.namespace, question.key)
+    return claim
+
+
+def note_claim(run: runs.Occurrences, draw: Draw, user: str, grant: Grant) -> None:
+    """Note in a run what a claim was granted, and the use of a shared draw."""
+    run.claimed(new=grant.added > 0)
+    if draw.shared:
+        run.used.add((draw.key, user))
 
 
 def note_place(

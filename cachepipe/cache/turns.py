@@ -208,15 +208,16 @@ class Line:
 
     def _written(self) -> None:
         """Go on when no claim and no note is under way that answers wait for."""
-        if not self._is_writing() and self._patience is not None:
+        if self._patience is not None and not self._is_writing():
             self._patience.cancel()
             self._patience, self._impatient = None, False
         self._go_on()
 
     def _is_writing(self) -> bool:
         """Return True while claims or a note are under way. Only the delayed demands wait for all claims."""
-        claims = self._claims - self._lacking if self._schedule.any_ready else self._claims
-        return bool(claims or self._noting)
+        if self._noting or not self._claims:
+            return self._noting
+        return self._claims > self._lacking or not self._schedule.any_ready
 
     async def drain(self) -> None:
         """Wait until the answers that are ready now are handed over."""
@@ -228,7 +229,7 @@ class Line:
 
     def _go_on(self) -> None:
         """Schedule the callback, if there is something to do for it."""
-        if self._stopped and (self._schedule.any_ready or self._delayed) and not self._must_wait():
+        if self._stopped and (self._delayed or self._schedule.any_ready) and not self._must_wait():
             self._stopped = False
             self._call_soon()
 

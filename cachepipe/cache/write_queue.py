@@ -130,23 +130,18 @@ class WriteQueue:
             with contextlib.suppress(RuntimeError):  # the loop is closed: this is the last chance
                 self.loop.call_soon(_Turn(self))
 
-    def put_now(
-        self,
-        operation: Operation,
-        done: Callable[..., None],
-        *arguments: Any,
-        lacking: Callable[[], None] | None = None,
-    ) -> None:
-        """Apply an operation at once if no lock is in the way, else queue it; see ``put``."""
+    def claim_now(self, claim: Claim) -> Grant | Exception | None:
+        """Claim at once; return the grant or the error, or None if a lock is in the way."""
         try:
-            results: list[Any] | None = self.store.apply_now([operation])
+            results: list[Any] | None = self.store.apply_now([claim])
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
-            results = [error]
-        if results is None:
-            self.put(operation, done, *arguments, lacking=lacking)
-            return
+            return error
+        return None if results is None else results[0]
+
+    def tell_now(self, done: Callable[..., None], result: Any) -> None:
+        """Pass on a result that was there at once: demands that follow from it may wait for others."""
         self._at_once = True
-        self._tell(_Queued(operation, done, arguments, lacking), results[0])
+        self._tell(done, (), result)
         self._at_once = False
 
     def want(self, *demands: Demand, window: float = 0.0) -> None:
@@ -233,7 +228,7 @@ class WriteQueue:
             results = self.store.apply_now(operations) if light else None
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
             if len(batch) == 1:
-                self._tell(batch[0], error)
+                self._tell(batch[0].done, batch[0].arguments, error)
                 return
             results = None  # one operation is invalid: write the others without it
         if results is None:
@@ -243,12 +238,12 @@ class WriteQueue:
                 self._hand_over(batch)
             return
         for item, result in zip(batch, results, strict=True):
-            self._tell(item, result)
+            self._tell(item.done, item.arguments, result)
 
-    def _tell(self, item: _Queued, result: Any) -> None:
+    def _tell(self, done: Callable[..., None], arguments: tuple[Any, ...], result: Any) -> None:
         """Pass a result on; an error here must not keep other results from their callers."""
         try:
-            item.done(*item.arguments, result)
+            done(*arguments, result)
         except Exception as error:  # noqa: BLE001 - reported, and its draw has failed already
             self.loop.call_exception_handler(
                 {"message": "cachepipe could not pass on a result of its store", "exception": error}
@@ -263,7 +258,7 @@ class WriteQueue:
         except StoreError:
             return False  # the claim will say so
         if grant is not None:
-            self._tell(item, grant)
+            self._tell(item.done, item.arguments, grant)
         return grant is not None
 
     def _look(self, batch: list[_Queued]) -> list[_Queued]:
@@ -295,13 +290,13 @@ class WriteQueue:
         error = looked.exception()
         if isinstance(error, StoreUnavailable):  # it was waited for
             for item in claims:
-                self._tell(item, error)
+                self._tell(item.done, item.arguments, error)
             return
         found = [True] * len(claims) if error else looked.result()  # the claims will raise it
         left: list[_Queued] = []
         for item, grant in zip(claims, found, strict=True):
             if isinstance(grant, Grant):
-                self._tell(item, grant)
+                self._tell(item.done, item.arguments, grant)
                 continue
             if not grant and item.lacking is not None:
                 item.lacking()
@@ -333,7 +328,7 @@ class WriteQueue:
         else:
             results = [error] * len(batch)
         for item, result in zip(batch, results, strict=True):
-            self._tell(item, result)
+            self._tell(item.done, item.arguments, result)
 
     def _ask(self, demands: list[Demand]) -> None:
         """Begin the calls for demands. A demand waits while claims for the same question are queued."""

@@ -33,6 +33,10 @@ DEFAULT_MODEL: Final = "gpt-4o-mini"
 
 _SETTINGS: Final = ("namespace", "request_id", "replicate", "mode")
 _ENDPOINTS: Final = ("client", "service", "api_key", "base_url")
+_CLIENTS: Final = (
+    "client= takes a client of openai, together, groq, huggingface_hub or cachepipe.clients (for a provider "
+    "whose own client is another, give service=, such as Services.Gemini())"
+)
 _AT_MOST_ONE: Final = ([], *([name] for name in _ENDPOINTS), ["api_key", "base_url"])
 """The options of `_ENDPOINTS` that may be given together, as they name no more than one endpoint."""
 
@@ -160,7 +164,7 @@ class Access:
 
     def _with_cache(self, client: Any) -> Any:
         """Return the caller's client with a cache: an SDK's client gets one, others have their own."""
-        _check_completes(client, "client= takes a client of openai, together, groq or cachepipe.clients")
+        _check_completes(client, _CLIENTS)
         if not keeps_cache(client):
             return wrapped(client, self._cache, self._repeat)
         if self._cache is not None or (self._repeat is not None and not is_cached(client)):
@@ -257,9 +261,9 @@ def keeps_cache(client: Any) -> bool:
 
 
 def is_asynchronous(client: Any) -> bool:
-    """Return True if a client's calls are awaited, as those of an unknown client."""
+    """Return True if a client's calls are awaited."""
     request = getattr(type(client), "request", None)
-    return request is None or inspect.iscoroutinefunction(request)
+    return inspect.iscoroutinefunction(client.chat.completions.create if request is None else request)
 
 
 def completes(client: Any) -> bool:

@@ -318,6 +318,22 @@ def opened(cache: str | None, *, write: bool = False) -> Iterator[Listed]:
         yield store
 
 
+@contextlib.contextmanager
+def looking(store: Listed) -> Iterator[None]:
+    """Show on a terminal how many questions a listing has looked at, if the store is on a server."""
+    if "://" not in store.where:
+        yield
+        return
+    from cachepipe.progress import counting  # noqa: PLC0415 - only when it is needed
+    from cachepipe.stores.remote.listing import Listing  # noqa: PLC0415 - likewise
+
+    assert isinstance(store, Listing)  # noqa: S101 - only these have URLs
+    with counting() as show:
+        store.looked = lambda count: show("looking at questions", count)
+        yield
+    store.looked = lambda _count: None
+
+
 def is_bundle_file(cache: Path | str) -> bool:
     """Return True if a cache is a bundle, or is named like one."""
     from cachepipe.stores.bundles.reader import is_bundle  # noqa: PLC0415 - help needs no store
@@ -388,18 +404,20 @@ def money(account: Account, prices: Prices | None = None) -> str:
     """Return the tokens of an account and their cost, if known."""
     from cachepipe.prices import Prices  # noqa: PLC0415 - help needs none of it
 
-    prices = prices or Prices()
-    counts = account.counts()
-    cost, unpriced = account.cost(prices.cost_of_sum)
-    if counts["unknown"] and not counts["total_tokens"]:
+    return money_of(account.as_dict((prices or Prices()).cost_of_sum))
+
+
+def money_of(sums: Mapping[str, Any]) -> str:
+    """Return the tokens of a sum and their cost, if known; the sum is one of ``Account.as_dict``."""
+    if sums["unknown"] and not sums["total_tokens"]:
         return "unknown"
-    told = f"{counts['total_tokens']:,} tokens"
-    if counts["unknown"]:
-        told += f" and {counts['unknown']:,} samples without usage"
-    if cost is not None and account.sold:
-        told += f", {dollars(cost)}"
-        if unpriced > counts["unknown"]:
-            told += f" and {unpriced - counts['unknown']:,} samples without a known price"
+    told = f"{sums['total_tokens']:,} tokens"
+    if sums["unknown"]:
+        told += f" and {sums['unknown']:,} samples without usage"
+    if sums["cost"] is not None and sums["samples"]:
+        told += f", {dollars(sums['cost'])}"
+        if sums["unpriced"] > sums["unknown"]:
+            told += f" and {sums['unpriced'] - sums['unknown']:,} samples without a known price"
     return told
 
 

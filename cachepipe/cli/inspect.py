@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import click
 
 from cachepipe.cli import common
-from cachepipe.cli.common import WIDTH, beginning, counted, echo_lines, json_text, opened, styled, when
+from cachepipe.cli.common import (
+    WIDTH,
+    beginning,
+    counted,
+    echo_lines,
+    json_text,
+    looking,
+    opened,
+    styled,
+    when,
+)
 from cachepipe.cli.group import Failure
 from cachepipe.contract.draws import SHARED, label, namespace_of
 from cachepipe.contract.keys import FORMAT
@@ -99,10 +109,12 @@ def ls(
         found = _listed(store, namespace, _whole_prefix(prefix), **wanted)
         if limit:
             found = itertools.islice(found, limit)
+        with looking(store):
+            first = next(found, None)
         if as_json:
-            echo_lines(json_text(_listing(store, info)) for info in found)
+            shown = () if first is None else itertools.chain([first], found)
+            echo_lines(json_text(_listing(store, info)) for info in shown)
             return
-        first = next(found, None)
         if first is None:
             click.echo(f"{visible(store.where)} has no such question", err=True)
             return
@@ -204,7 +216,8 @@ def show(*, key: str, cache: str | None, limit: int | None, as_json: bool) -> No
     A prefix of the key is enough if no other key has it. On a terminal, samples are shown side by side.
     """
     with opened(cache) as store:
-        info = found_key(store, key)
+        with looking(store):
+            info = found_key(store, key)
         if as_json:
             _print_json(store, info, limit or None)
         else:

@@ -55,6 +55,8 @@ With --json, one object:
   billed, saved          what the lines paid for: their misses, and the prompt of each call once;
                          as_asked less billed
   unreported             spent less billed: what reached no line
+  wasted                 the part of spent that no namespace holds at the end
+  run                    the name of the run, as `stats --runs` lists it
   models                 a list of model, url, and the sums of its samples
   seconds, most_ahead    the duration; the largest number of lines in memory
   interrupted            whether the run ended early
@@ -312,7 +314,7 @@ def _table(report: Report) -> None:
         "calls made": f"{report.calls}",
         "samples generated": f"{report.generated}" + f" ({unreported} unreported)" * bool(unreported),
         "errors": f"{report.failed}",
-        **{name: money(accounts[name], report.prices) for name in ("spent", "billed", "saved")},
+        **{name: money(accounts[name], report.prices) for name in ("spent", "billed", "saved", "wasted")},
         "time": f"{report.seconds:.1f} s",
     }
     width = max(map(len, rows.values()))

@@ -68,6 +68,12 @@ class _Mebibytes(click.IntRange):
 @click.option("--config", type=click.Path(dir_okay=False), help="A TOML file; options override it.")
 @click.option("--host", help="The address to listen on. Default: 127.0.0.1, this machine only.")
 @click.option("--port", type=click.IntRange(0, 65535), help="The port; 0 for any free port. Default: 8080.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="The number of processes that answer requests, about one per processor. Default: 1.",
+)
 @click.option("--replay", is_flag=True, help="Answer from the cache only; needs no key and no network.")
 @click.option(
     "--api-key-env",
@@ -141,16 +147,21 @@ def serve(
     that the cache cannot answer, and never stores it. Stop it with Ctrl-C: it finishes what is in flight.
     """
     try:
-        from cachepipe.proxy import server, settings  # noqa: PLC0415 - an extra
+        from cachepipe.proxy import server, settings, supervisor  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise Failure(str(error)) from error
 
-    chosen = settings.from_file(config) if config else settings.ProxySettings()
-    chosen = _with_upstreams(chosen, upstreams, api_key_env)
-    given = {name: value for name, value in others.items() if value is not None}
-    if token_env:
-        given["token"] = settings.secret(token_env)
-    chosen = replace(chosen, replay=replay or chosen.replay, hosts=(*chosen.hosts, *hosts), **given)
+    def choose() -> ProxySettings:
+        """Return the settings in the file and in the options."""
+        chosen = settings.from_file(config) if config else settings.ProxySettings()
+        chosen = _with_upstreams(chosen, upstreams, api_key_env)
+        given = {name: value for name, value in others.items() if value is not None}
+        if token_env:
+            given["token"] = settings.secret(token_env)
+        return replace(chosen, replay=replay or chosen.replay, hosts=(*chosen.hosts, *hosts), **given)
+
+    chosen = choose()
+    found: list[Upstream] = []
     if chosen.replay and not chosen.upstreams:
         found = remembered(chosen.cache)
         if not found:
@@ -165,7 +176,10 @@ def serve(
                 write_url(url_file, base)
                 stack.callback(Path(url_file).unlink, missing_ok=True)
 
-        server.serve(chosen, listening)
+        if chosen.workers == 1:
+            server.serve(chosen, listening)
+        else:
+            supervisor.serve(chosen, listening, lambda: settings.with_upstreams(choose(), found))
 
 
 def _with_upstreams(chosen: ProxySettings, texts: tuple[str, ...], key_env: str | None) -> ProxySettings:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import click
 
-from cachepipe.accounting import Account, Statement, by_model
 from cachepipe.cli import common
-from cachepipe.cli.common import counted, json_text, opened
-from cachepipe.contract.draws import SHARED, label, namespace_of
+from cachepipe.cli.common import counted, json_text, looking, opened
+from cachepipe.figures import ACCOUNTS, stats_of
 from cachepipe.prices import Prices
 from cachepipe.removing import told
-from cachepipe.stores.base import NamespaceInfo
-from cachepipe.stores.sums import RunStatement, run_statements
-
-if TYPE_CHECKING:
-    from cachepipe.stores.base import Listed
 
 _NO_NAMESPACE: Final = "(none)"
+_SHOWN: Final = ("spent", "billed", "saved", "wasted")
+"""The sums in tables; the figures of the whole cache, and --json, have them all."""
 
 
 _STATS_JSON: Final = """\b
@@ -72,108 +67,14 @@ def stats(
     namespaces that ask. Costs in money need the extra cachepipe[prices].
     """
     priced = Prices() if prices is None else Prices.load(prices)
-    with opened(cache) as store:
-        each = run_statements(store)
-        sums: dict[str, Statement] = {}
-        for run in each:
-            sums.setdefault(run.namespace, Statement()).join(run.statement)
-        figures = _figures(store, sums, priced, scopes=scopes)
-    figures["runs"] = [_run(run, priced) for run in each] if runs else None
+    with opened(cache) as store, looking(store):
+        figures = stats_of(store, priced, scopes=scopes)
+    if not runs:
+        figures["runs"] = None
     if as_json:
         click.echo(json_text(figures))
     else:
-        _print_stats(figures, sums, limit, priced)
-
-
-def _run(run: RunStatement, prices: Prices) -> dict[str, Any]:
-    return {
-        "run": run.run,
-        "namespace": namespace_of(run.namespace),
-        "first": run.first,
-        "last": run.last,
-        **_sums(run.statement, prices),
-    }
-
-
-def _figures(store: Listed, sums: Mapping[str, Statement], prices: Prices, *, scopes: bool) -> dict[str, Any]:
-    totals, known = store.totals(), _known(store, sums)
-    namespaces = [
-        {
-            "namespace": info.namespace,
-            "draws": info.draws,
-            **_drawn(info.samples, info.generated),
-            **_sums(sums.get(label(info.namespace), Statement()), prices),
-        }
-        for info in known
-    ]
-    has_shared = totals["draws"] > sum(info.draws for info in known)
-    shared = list(store.draws(namespace=SHARED)) if has_shared else []
-    return {
-        "folder": store.where,
-        "bytes": store.size(),
-        **{name: totals[name] for name in ("keys", "samples", "pending", "discarded", "draws")},
-        **_drawn(sum(info.samples for info in known), sum(info.generated for info in known)),
-        **_sums(_total(sums), prices),
-        "models": by_model(_total(sums).accounts(), prices.cost_of_sum),
-        "namespaces": namespaces,
-        "shared": {
-            "draws": len(shared),
-            "drawn": sum(len(draw.indices) for draw in shared),
-            "generated": sum(draw.generated for draw in shared),
-        },
-        "removals": [_removal(record, prices) for record in store.removals()],
-        "scopes": _scopes(store) if scopes else None,
-    }
-
-
-def _removal(record: dict[str, Any], prices: Prices) -> dict[str, Any]:
-    told = {name: fact for name, fact in record.items() if name not in ("id", "spent", "deleting")}
-    return {**told, "cost": Account.of(record["cost"]).as_dict(prices.cost_of_sum)}
-
-
-def _known(store: Listed, sums: Mapping[str, Statement]) -> list[NamespaceInfo]:
-    """Return the namespaces; those that only replay have no draws in the ledger.
-
-    Imported samples were generated for none of them, and count in the sums of the cache only.
-    """
-    known = {label(info.namespace): info for info in store.namespaces()}
-    for name in sums.keys() - {SHARED}:
-        known.setdefault(name, NamespaceInfo(namespace_of(name), 0, 0, 0))
-    return list(known.values())
-
-
-def _total(sums: Mapping[str, Statement]) -> Statement:
-    total = Statement()
-    for statement in sums.values():
-        total.join(statement)
-    return total
-
-
-def _sums(statement: Statement, prices: Prices) -> dict[str, Any]:
-    """Return the sums of a namespace, or of all."""
-    accounts = statement.accounts()
-    return {
-        "requests": statement.delivered.requests,
-        **{name: account.as_dict(prices.cost_of_sum) for name, account in accounts.items()},
-    }
-
-
-def _scopes(store: Listed) -> list[dict[str, Any]]:
-    found: dict[str | None, Counter[str]] = {}
-    for info in store.keys():  # noqa: SIM118 - a store is no mapping
-        counts = found.setdefault(info.scope, Counter())
-        counts.update(keys=1, samples=info.samples, pending=info.pending)
-    return [{"scope": scope, **counts} for scope, counts in found.items()]
-
-
-def _drawn(drawn: int, generated: int) -> dict[str, Any]:
-    reused = max(drawn - generated, 0)
-    return {
-        "drawn": drawn,
-        "generated": generated,
-        "reused": reused,
-        "reused_share": round(reused / drawn, 6) if drawn else None,
-    }
+        _print_stats(figures, limit)
 
 
 def _name_of(row: Mapping[str, Any]) -> str:
@@ -207,7 +108,7 @@ _REMOVALS: Final[common.Columns] = {
 }
 
 
-def _print_stats(figures: dict[str, Any], sums: Mapping[str, Statement], limit: int, prices: Prices) -> None:
+def _print_stats(figures: dict[str, Any], limit: int) -> None:
     extra = [f"{figures[name]:,} {name}" for name in ("pending", "discarded") if figures[name]]
     share = f"{figures['reused']:,} of {figures['drawn']:,} samples drawn ({_share_of(figures)})"
     taken = "" if figures["bytes"] is None else f" ({common.size(figures['bytes'])})"
@@ -218,27 +119,26 @@ def _print_stats(figures: dict[str, Any], sums: Mapping[str, Statement], limit: 
         ("draws", f"{figures['draws']:,}"),
         ("reused", share),
     ]
-    accounts = _total(sums).accounts()
-    for name, account in accounts.items():
-        samples = counted(account.counts()["samples"], "sample")
-        facts.append((name.replace("_", " "), f"{samples}, {common.money(account, prices)}"))
+    for name in ACCOUNTS:
+        samples = counted(figures[name]["samples"], "sample")
+        facts.append((name.replace("_", " "), f"{samples}, {common.money_of(figures[name])}"))
     common.print_facts(facts)
     namespaces = figures["namespaces"]
     _print_rows(_DRAWN, namespaces, limit, "namespace", last=_shared_row(figures["shared"]))
-    sums_of = {f">{name.replace('_', ' ')}": _tokens_of(name) for name in accounts}
+    sums_of = {f">{name}": _tokens_of(name) for name in _SHOWN}
     tokens: common.Columns = {"tokens of namespace": _name_of, ">requests": "requests", **sums_of}
     _print_rows(tokens, namespaces, limit)
     models: common.Columns = {
         "tokens of model": lambda row: row["model"] or "(none)",
-        "url": "url",
         **sums_of,
+        "url": "url",
     }
     _print_rows(models, figures["models"], limit)
     runs: common.Columns = {
         "run": lambda row: row["run"] or "(unknown)",
         "namespace": _name_of,
         "first sample": lambda row: "-" if row["first"] is None else common.when(row["first"]),
-        **{name: tokens[name] for name in (">requests", ">spent", ">billed", ">saved", ">wasted")},
+        **{name: tokens[name] for name in (">requests", *sums_of)},
     }
     _print_rows(runs, (figures["runs"] or [])[::-1], limit, "run")
     _print_rows(_SCOPES, figures["scopes"] or [], limit, "scope")

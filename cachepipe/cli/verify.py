@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -15,14 +12,13 @@ from cachepipe.cli import common
 from cachepipe.cli.common import counted, json_text, print_facts
 from cachepipe.cli.group import Failure
 from cachepipe.cli.inspect import found_key
-from cachepipe.errors import BundleError
 from cachepipe.progress import counting
 from cachepipe.stores.base import Discard
 from cachepipe.terminal import visible
 
 if TYPE_CHECKING:
     from cachepipe.stores import Store
-    from cachepipe.stores.verify import IntegrityReport, Progress
+    from cachepipe.stores.verify import IntegrityReport
 
 
 # verify
@@ -61,23 +57,13 @@ def verify(ctx: click.Context, *, cache: str | None, repair: bool, as_json: bool
     """
     from cachepipe.progress import shown  # noqa: PLC0415 - help needs no store
     from cachepipe.stores import repair as repairs  # noqa: PLC0415 - likewise
-    from cachepipe.stores.verify import verify as check  # noqa: PLC0415 - likewise
+    from cachepipe.verifying import check  # noqa: PLC0415 - likewise
 
     def progress(steps: int) -> Any:
         return shown(steps, "thousand rows checked")
 
     found = common.existing_cache(cache, bundles=True)
-    before = None
-    if common.is_bundle_file(found):
-        if repair:
-            raise Failure(f"{found} is a bundle, which is only read; get another copy of it if it is damaged")
-        report = _verify_bundle(found, progress)
-    elif isinstance(found, Path):
-        report = check(found, progress)
-        if repair and not report.whole:
-            before, report = report, repairs.repair(found, progress)
-    else:
-        report, before = _verify_server(found, repair=repair)
+    report, before = check(str(found), repairs=repair, rows=progress, counting=counting)
     name = common.name_of(found)
     if as_json:
         click.echo(json_text(_fields(name, report, before)))
@@ -86,43 +72,6 @@ def verify(ctx: click.Context, *, cache: str | None, repair: bool, as_json: bool
         if repair and report.problems and not repairs.can_repair(report):
             click.echo("\nNothing was repaired: writing to files in this state may destroy more.")
     ctx.exit(0 if report.whole else 1)
-
-
-def _verify_bundle(path: Path | str, progress: Progress) -> IntegrityReport:
-    """Return what is wrong in a bundle."""
-    from cachepipe import sharing  # noqa: PLC0415 - help needs no store
-    from cachepipe.stores.verify import IntegrityReport, verify  # noqa: PLC0415 - likewise
-
-    try:
-        with contextlib.ExitStack() as stack:
-            with counting() as told:
-                store = stack.enter_context(sharing.unpacked(path, progress=told))
-            return verify(store.folder, progress)
-    except BundleError as error:
-        if isinstance(error.__cause__, OSError):  # it cannot be read
-            raise
-        report = IntegrityReport()
-        report.add("bundle", str(error))
-        return report
-
-
-def _verify_server(url: str, *, repair: bool) -> tuple[IntegrityReport, IntegrityReport | None]:
-    """Return what is wrong on a server and, if it was repaired, what was wrong before."""
-    from cachepipe.stores import repair as repairs  # noqa: PLC0415 - help needs no store
-    from cachepipe.stores.remote.repair import write_notes  # noqa: PLC0415 - likewise
-    from cachepipe.stores.remote.urls import open_url  # noqa: PLC0415 - likewise
-    from cachepipe.stores.remote.verify import check  # noqa: PLC0415 - likewise
-
-    with contextlib.closing(open_url(url, read_only=not repair)) as store:
-        done = itertools.count(1)
-        with counting() as told:
-            report = check(store.session, lambda: told("checking", next(done)))
-        if not repair or report.whole:
-            return report, None
-        write_notes(store.session, sorted(report.notes))
-        asyncio.run(repairs.discard(store, report))
-        asyncio.run(repairs.list_again(store, report))
-        return check(store.session), report
 
 
 def _fields(folder: str, report: IntegrityReport, before: IntegrityReport | None) -> dict[str, Any]:

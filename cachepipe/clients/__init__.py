@@ -42,5 +42,5 @@ _WHERE = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = sorted(_WHERE)  # noqa: PLE0605 - a list of strings all the same
 
-
-__getattr__, __dir__ = lazy.names(__name__, _WHERE)
+if not TYPE_CHECKING:  # else type checkers would take any name for one of the package
+    __getattr__, __dir__ = lazy.names(__name__, _WHERE)

@@ -8,7 +8,8 @@ is listed and free, else the lowest listed free index, else a new one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 from cachepipe.contract.intervals import IndexSet, MutableIndexSet
@@ -49,6 +50,10 @@ class Segment(NamedTuple):
     def claim(self) -> tuple[int, str | None, int]:
         """Equal for the segments that one claim has added."""
         return self.lease, self.token, self.stamp
+
+
+_LAID = attrgetter("position", "indices")
+"""What `laid` needs of a segment."""
 
 
 class KeyView(Protocol):
@@ -241,15 +246,22 @@ def laid(segments: Iterable[tuple[int, Sequence[int]]]) -> list[int]:
     return positions
 
 
-def indices_of(segments: Iterable[Segment]) -> list[int]:
+def indices_of(segments: Collection[Segment]) -> list[int]:
     """Return a draw's indices by position; see ``laid``."""
-    return laid((segment.position, segment.indices) for segment in segments)
+    if len(segments) == 1:  # the usual draw
+        (segment,) = segments
+        return [*segment.indices] if segment.position == 0 else []
+    return laid(map(_LAID, segments))
 
 
 def noted_place(segments: Iterable[Segment], n: int) -> Place | None:
     """Return the latest place that the first n positions of a draw have noted; None if they noted none."""
-    noted = [each.place for each in segments if each.place is not None and each.position < n]
-    return max(noted, default=None)
+    latest: Place | None = None
+    for each in segments:
+        place = each.place
+        if place is not None and each.position < n and (latest is None or place > latest):
+            latest = place
+    return latest
 
 
 def answers_alike(before: Sequence[Segment], after: Sequence[Segment]) -> bool:

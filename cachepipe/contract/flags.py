@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-Group = tuple[str, str]
-"""A key and the label of a namespace."""
+Group = tuple[str, str | None]
+"""A key and a namespace."""
 
 
 class Asker(NamedTuple):

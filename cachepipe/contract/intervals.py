@@ -40,6 +40,10 @@ class IntervalSet:
     __slots__ = ("_starts", "_stops")
 
     def __init__(self, intervals: Iterable[Interval] = ()) -> None:
+        self.replace(intervals)
+
+    def replace(self, intervals: Iterable[Interval]) -> None:
+        """Hold these intervals instead."""
         self._starts: list[int] = []
         self._stops: list[int] = []
         for start, stop in intervals:
@@ -48,6 +52,10 @@ class IntervalSet:
 
     def __iter__(self) -> Iterator[Interval]:
         return zip(self._starts, self._stops, strict=True)
+
+    def intervals(self) -> list[Interval]:
+        """Return the intervals, in order."""
+        return [*zip(self._starts, self._stops, strict=True)]
 
     def __len__(self) -> int:
         return len(self._starts)

@@ -167,7 +167,7 @@ def _partly_ordered(value: Any, names: frozenset[str]) -> Any:
         if len(value) >= _LONG and _is_canonical(value, names):
             return value
         return [_partly_ordered(item, names) for item in value]
-    if not isinstance(value, Mapping):
+    if kind is not dict and not isinstance(value, Mapping):
         return canonical(value)
     form: dict[str, Any] = {}
     for name, item in value.items():
@@ -274,11 +274,9 @@ _PLANS: dict[type, tuple[tuple[str, ...], bool, bool]] = {}
 
 def _plan(kind: type[Request]) -> tuple[tuple[str, ...], bool, bool]:
     """Return a request class's fields for the key, and whether it has a ``seed`` and a ``best_of``."""
-    plan = _PLANS.get(kind)
-    if plan is None:
-        names = field_names(kind)
-        asked = tuple(name for name in names if name not in UNASKED)
-        plan = _PLANS[kind] = (asked, "seed" in names, "best_of" in names)
+    names = field_names(kind)
+    asked = tuple(name for name in names if name not in UNASKED)
+    plan = _PLANS[kind] = (asked, "seed" in names, "best_of" in names)
     return plan
 
 
@@ -297,7 +295,8 @@ def question(
         hash: a function that returns a string for a request, which replaces the fields: requests with equal
             strings ask the same.
     """
-    names, has_seed, has_best_of = _plan(type(request))
+    kind = type(request)
+    names, has_seed, has_best_of = _PLANS.get(kind) or _plan(kind)
     seed = request.seed if has_seed else None
     best_of = request.best_of if has_best_of else None
     if hash is None:
@@ -305,7 +304,7 @@ def question(
         for name in names:
             value = getattr(request, name)
             if value is not None:
-                fields[name] = value if type(value) is str else canonical(value)
+                fields[name] = value if type(value) in _AS_THEY_ARE else canonical(value)
         document: dict[str, Any] = {"fields": fields}
     else:
         name = hash(request)
@@ -336,9 +335,8 @@ def provider_question(
         mergeable: whether several draws may share one call.
         function: whether the answer is a function of the question.
     """
-    form = {
-        name: _body(item, as_written) if name == "body" else canonical(item)
-        for name, item in document.items()
-    }
+    form = {}
+    for name, item in document.items():
+        form[name] = _body(item, as_written) if name == "body" else canonical(item)
     text = encode(form)
     return Question(digest(scope, text), scope, text, mergeable, function)

@@ -209,6 +209,9 @@ class DrawState:
         self.held = tuple({*self.held, *held}) if self.held else held
         if self.ended:
             return (*self._released(), FreeLeases(mine)) if mine else self._released()
+        if None not in samples and not self.generated:
+            self.indices, self.missing = indices, {}
+            return [Fill([*range(self.n)]), *self._completed()]
         fill = self._lay(indices, samples)
         if mine:
             self.making = {*self.making, *mine}

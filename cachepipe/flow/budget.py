@@ -122,7 +122,10 @@ class Budget:
         return cost
 
     def cost(self, usage: Any, model: str | None, url: str) -> float | None:
-        """Return the cost of a call by the usage that its answer reports; None if it is unknown."""
+        """Return the cost of a call by the cost or usage that its answer reports; None if it is unknown."""
+        nanos = wire.reported_cost(usage)
+        if nanos is not None:
+            return nanos / 1e9
         counts = wire.token_counts(usage)
         if counts["total_tokens"] is None:
             return None

@@ -83,6 +83,7 @@ class Limits:
         self.transit = transit
         self.adaptive = adaptive
         self.clock = clock
+        self._name = name
         self._shared = None if shared is None else SharedQuotas(shared, name)
         self._reset()
         _all.add(self)
@@ -121,6 +122,15 @@ class Limits:
                 name: {"concurrency": model.adaptive.concurrency, "pace": model.adaptive.pace}
                 for name, model in self._models.items()
             }
+
+    def share(self, folder: str | os.PathLike[str]) -> None:
+        """Share the quotas with other processes of the machine, unless a folder was given already.
+
+        Args:
+            folder: the folder.
+        """
+        if self._shared is None:
+            self._shared = SharedQuotas(folder, self._name)
 
     def close(self) -> None:
         """Close the file that processes share, if there is one. The limits may be used again."""

@@ -27,5 +27,5 @@ _HOMES: Final = {
 
 __all__ = ["Imported", "NotTaken", "import_batch", "import_cachesaver"]
 
-
-__getattr__, __dir__ = lazy.names(__name__, _HOMES)
+if not TYPE_CHECKING:  # else type checkers would take any name for one of the package
+    __getattr__, __dir__ = lazy.names(__name__, _HOMES)

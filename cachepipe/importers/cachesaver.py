@@ -55,6 +55,8 @@ _ROW: Final = "SELECT store_time, mode, filename, value FROM Cache WHERE key = ?
 _KEYS: Final = "SELECT key, raw FROM Cache ORDER BY rowid"
 _COUNT: Final = "SELECT count(*) FROM Cache"
 _OURS: Final = "SELECT 1 FROM sqlite_master WHERE name = 'cachepipe'"
+_CHOICES: Final = frozenset({"choices", "candidates"})
+_COUNTS: Final = frozenset({"candidate_count", "candidateCount"})
 _UNSENT: Final = frozenset({"n", "timeout", "extra_headers", "extra_query", "extra_body"})
 _EXPANDED: Final = 64  # how often a pickle may be as large as its file, when its references are followed
 _LEAST: Final = 1 << 20
@@ -63,8 +65,6 @@ _SHORT: Final = 16  # characters of a key
 _LATEST: Final = 1 << 33
 _codec = Codec()
 
-
-_TOGETHER: Final = "https://api-inference.together.ai/v1/chat/completions"  # where its client sends chats
 
 _Hash = Callable[[Request], str]
 
@@ -84,8 +84,8 @@ def import_cachesaver(
     Args:
         folder: CacheSaver's folder, ``./cache`` by default there. It is only read.
         requests: what was asked. A file: batch requests, objects with ``prompt`` or ``messages``, or
-            ``{"kwargs": {…}}`` with the arguments of a call. Or the requests to a model of your own, as
-            ``cachepipe.compat.cachesaver.typedefs.Request``.
+            ``{"kwargs": {…}}`` with the arguments of a call. Or requests to a model of your own, and calls
+            with objects of an SDK, as ``cachepipe.compat.cachesaver.typedefs.Request``.
         cache: the cache, which is created if it does not exist.
         settings: of a file, the settings that fill in what a request leaves out, and the ``base_url`` of
             calls through OpenAI's SDK; the ``scope`` of all questions.
@@ -104,7 +104,7 @@ def import_cachesaver(
         if isinstance(requests, str | os.PathLike):
             known = _from_file(Path(requests), settings, source, imported)
         else:
-            known = _from_requests(requests, settings.scope, hash, source)
+            known = _from_requests(requests, settings, hash, source)
         for key in source.keys(imported):
             try:
                 _take(key, known, source, adder)
@@ -253,12 +253,14 @@ class _Asked(NamedTuple):
 
     Attributes:
         identity: what it has in common with an equal request.
-        kwargs: the arguments of a call of an SDK; None for a request to the user's own model.
-        question: the question, for the user's own model.
+        kwargs: the arguments of a call of an SDK.
+        question: the question to the user's own model, if the request may be one.
+        scope: replaces the endpoint's URL in the key.
+        base_url: where calls through OpenAI's SDK went.
     """
 
     identity: bytes
-    kwargs: Mapping[str, Any] | None = None
+    kwargs: Mapping[str, Any]
     question: Question | None = None
     scope: str | None = None
     base_url: str | None = None
@@ -308,9 +310,9 @@ def _from_file(path: Path, settings: BatchSettings, source: _Folder, imported: I
             for number, text in numbered(file):
                 try:
                     kwargs = _kwargs(text, number, settings)
-                    key = key_of(kwargs)
+                    key = key_of(_with_config(kwargs))
                     identity = keys.encode(keys.canonical(_keyed(kwargs)))
-                except (ValueError, UnkeyableValue, TypeError) as error:
+                except (ValueError, UnkeyableValue, TypeError, ImportError) as error:
                     imported.leave(f"{path.name} line {number}", "", str(error))
                     continue
                 if key in source:
@@ -324,7 +326,8 @@ def _from_file(path: Path, settings: BatchSettings, source: _Folder, imported: I
             path.name,
             "",
             f"the folder has no entry for {len(missing):,} of its requests, such as line {missing[0]}. An "
-            "entry is found only by exactly the arguments that the program passed: temperature=1 is not 1.0",
+            "entry is found only by exactly the arguments that the program passed: temperature=1 is not 1.0. "
+            "With a config of Gemini's, the versions of google-genai and Python must also be the program's",
         )
     return known
 
@@ -342,7 +345,31 @@ def _kwargs(text: bytes, number: int, settings: BatchSettings) -> Mapping[str, A
         given: Mapping[str, Any] = fields["kwargs"]
     else:
         given = parse_line(text, number, replace(settings, n=1)).body
+    config = given.get("config")
+    if isinstance(config, dict):
+        given = {**given, "config": {name: item for name, item in config.items() if name not in _COUNTS}}
     return {name: value for name, value in given.items() if name != "n"}
+
+
+def _with_config(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the arguments of a call with the config of Gemini's SDK as CacheSaver keys it: without a count.
+
+    Raises:
+        ImportError: when the SDK is not installed.
+        ValueError: when it refuses the config.
+    """
+    config = kwargs.get("config")
+    if config is None or "contents" not in kwargs:
+        return kwargs
+    try:
+        from google.genai import types  # noqa: PLC0415 - only when it is needed
+    except ImportError as error:
+        raise ImportError(
+            "CacheSaver's key of a config of Gemini's needs google-genai: pip install 'cachepipe[gemini]'"
+        ) from error
+    if isinstance(config, Mapping):
+        config = types.GenerateContentConfig(**config)
+    return {**kwargs, "config": config.model_copy(update={"candidate_count": None})}
 
 
 def _keyed(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -350,17 +377,35 @@ def _keyed(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_requests(
-    requests: Iterable[Request], scope: str | None, hash_: _Hash | None, source: _Folder
+    requests: Iterable[Request], settings: BatchSettings, hash_: _Hash | None, source: _Folder
 ) -> _Known:
-    """Return the requests to a model of the user's own that have an entry."""
+    """Return the given requests that have an entry: to a model of the user's own, or to one of an SDK."""
     known = _Known("the given ones")
     for request in requests:
         if not isinstance(request, Request):
-            raise TypeError(f"requests are a file, or requests to your own model; got {request!r:.200}")
+            raise TypeError(
+                "requests are a file, or a list of cachepipe.compat.cachesaver.typedefs.Request; "
+                f"got {request!r:.200}"
+            )
         key = _own_key(request) if hash_ is None else hash_(request)
-        if key in source:
-            question = keys.question(request, scope, hash_)
-            known.add(key, _Asked(question.document, None, question))
+        if key not in source:
+            continue
+        try:
+            question = keys.question(request, settings.scope, hash_)
+        except UnkeyableValue:  # it holds objects of an SDK
+            question = None
+        kwargs = getattr(request, "kwargs", None)
+        identity = repr(kwargs).encode() if question is None else question.document
+        known.add(
+            key,
+            _Asked(
+                identity,
+                kwargs if isinstance(kwargs, Mapping) else {},
+                question,
+                settings.scope,
+                settings.base_url,
+            ),
+        )
     return known
 
 
@@ -376,7 +421,7 @@ def _own_key(request: Request) -> str:
             "CacheSaver 0.0.6 keys requests by their args and kwargs; make them with "
             f"cachepipe.compat.cachesaver.typedefs.Request, or give hash=. Got {request!r:.200}"
         )
-    return key_of(fields.pop("kwargs"), fields.pop("args", ()), **fields)
+    return key_of(_with_config(fields.pop("kwargs")), fields.pop("args", ()), **fields)
 
 
 # The entries.
@@ -402,13 +447,11 @@ def _take(key: str, known: _Known, source: _Folder, adder: Adder) -> None:
         raise _LeftError("its samples are of different kinds", _model(found))
     (package,) = kinds
     try:
-        if asked.kwargs is not None:
+        if package or asked.question is None:
             question, kept = _answers(package, asked, found, known)
-        elif asked.question is not None and not package:
-            question, kept = asked.question, [Kept(_codec.encode(value)) for value in found]
         else:
-            raise _LeftError("its samples are objects of an SDK; give its requests as a file", _model(found))
-    except (CachepipeError, ImportError, TypeError) as error:
+            question, kept = asked.question, [Kept(_codec.encode(value)) for value in found]
+    except (CachepipeError, ImportError, TypeError, ValueError) as error:
         raise _LeftError(str(error), _model(found)) from error
     adder.add(question, list(_numbered(key, found, kept, stored)))
 
@@ -420,7 +463,7 @@ def _numbered(key: str, values: Sequence[Any], kept: Sequence[Kept], stored: int
         facts = value if isinstance(value, dict) else {}
         created = facts.get("created")
         at = created if type(created) is int and 0 < created < _LATEST else stored
-        yield sample_of(each, f"c{identity.hexdigest()}", at, place, facts.get("id"))
+        yield sample_of(each, f"c{identity.hexdigest()}", at, place, _id(facts))
 
 
 def _answers(package: str, asked: _Asked, found: Sequence[Any], known: _Known) -> tuple[Question, list[Kept]]:
@@ -434,30 +477,64 @@ def _answers(package: str, asked: _Asked, found: Sequence[Any], known: _Known) -
             "its samples are no answers of a known SDK, but of a model of your own: give its requests to "
             "import_cachesaver in Python"
         )
-    model, kwargs = known.model_at(package, asked.base_url), asked.kwargs or {}
-    api = model.api
-    if kwargs.get("extra_query"):
-        raise _LeftError("its request has extra_query, so its URL is not known")
-    body = {name: value for name, value in kwargs.items() if name not in _UNSENT}
-    body.update(kwargs.get("extra_body") or {})
+    api, url, headers, body = _sent(package, asked, known)
     asks = api.split(body)
     if len(asks) != 1 or not asks[0].cacheable:
         raise _LeftError(
             f"its request cannot be answered from a cache: {asks[0].reason or 'it asks several questions'}"
         )
-    url = model.connection.scope_of(model.endpoint, body.get("model"))
-    if package == "together" and not os.environ.get("TOGETHER_BASE_URL"):
-        url = _TOGETHER
-    headers = {**model.connection.headers, **(kwargs.get("extra_headers") or {})}
     (question,) = questions_of(api, asks, url, headers, scope=asked.scope)
     kept = packed(
         [sample for call in _calls(found) for sample in _samples(api, call)],
         asked=body.get("model"),
-        url=None if url == question.scope else url,
+        url=None if wire.scope_of(url) == question.scope else url,
     )
     if len(kept) != len(found):
         raise wire.BadAnswer("its samples do not have one choice each")
     return question, kept
+
+
+class _Sent(NamedTuple):
+    """A request as an SDK sends it: its API, URL, the headers that count, and its body."""
+
+    api: wire.Api
+    url: str
+    headers: Mapping[str, str]
+    body: Mapping[str, Any]
+
+
+def _sent(package: str, asked: _Asked, known: _Known) -> _Sent:
+    """Return the request that an SDK has sent.
+
+    Raises:
+        _LeftError: when it is not known.
+        CachepipeError: when it cannot be answered from a cache.
+        TypeError: when the SDK takes no such arguments.
+        ValueError: when the SDK refuses them.
+    """
+    kwargs = asked.kwargs
+    if kwargs.get("extra_query"):
+        raise _LeftError("its request has extra_query, so its URL is not known")
+    if package == "google":
+        from cachepipe.sdk.gemini import request_of  # noqa: PLC0415 - only when it is needed
+
+        request = request_of(**_with_config(kwargs))
+        api = wire.GENERATE_CONTENT
+        return _Sent(
+            api, request.url, wire.answer_headers(request.headers), api.received(request.url, request.data)
+        )
+    if package == "huggingface_hub":
+        from cachepipe.sdk.huggingface import chat_request_of  # noqa: PLC0415 - likewise
+
+        if not kwargs.get("model"):
+            raise _LeftError("its request names no model, and CacheSaver does not store that of the client")
+        request = chat_request_of(**kwargs)
+        return _Sent(wire.CHAT, request.url, wire.answer_headers(request.headers), request.json)
+    model = known.model_at(package, asked.base_url)
+    body = {name: value for name, value in kwargs.items() if name not in _UNSENT}
+    body.update(kwargs.get("extra_body") or {})
+    url = model.connection.scope_of(model.endpoint, body.get("model"))
+    return _Sent(model.api, url, {**model.connection.headers, **(kwargs.get("extra_headers") or {})}, body)
 
 
 def _model_at(package: str, base_url: str | None) -> OpenAIModel:
@@ -482,8 +559,8 @@ def _model_at(package: str, base_url: str | None) -> OpenAIModel:
 def _samples(api: wire.Api, call: Sequence[Mapping[str, Any]]) -> list[wire.Sample]:
     """Return the samples of a call; CacheSaver has copied the usage of the call to each of them."""
     answer = dict(call[0])
-    if len(call) > 1:
-        answer["choices"] = [choice for each in call for choice in each["choices"]]
+    for name in _CHOICES & answer.keys():
+        answer[name] = [choice for each in call for choice in each[name]]
     return api.samples(jsontext.dumps(answer))
 
 
@@ -491,21 +568,24 @@ def _calls(found: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any
     """Iterate over the samples of each call: they follow one another, and have the id of their answer."""
     call: list[Mapping[str, Any]] = []
     for each in found:
-        if call and not (
-            each.get("id") and each.get("id") == call[0].get("id") and _has_choices(each, call[0])
-        ):
+        if call and not (_id(each) and _id(each) == _id(call[0]) and _has_choices(each, call[0])):
             yield call
             call = []
         call.append(each)
     yield call
 
 
+def _id(answer: Mapping[str, Any]) -> Any:
+    return answer.get("id") or answer.get("responseId")
+
+
 def _has_choices(*answers: Mapping[str, Any]) -> bool:
-    return all(isinstance(each.get("choices"), list) for each in answers)
+    return all(any(isinstance(each.get(name), list) for name in _CHOICES) for each in answers)
 
 
 def _model(found: Sequence[Any]) -> str:
-    model = found[0].get("model") if isinstance(found[0], dict) else None
+    facts = found[0] if isinstance(found[0], dict) else {}
+    model = facts.get("model") or facts.get("modelVersion")
     return model if isinstance(model, str) else ""
 
 
@@ -514,7 +594,7 @@ def _said(found: Sequence[Any]) -> str:
     first = found[0]
     text = first if isinstance(first, str) else ""
     if isinstance(first, dict):
-        for api in (wire.CHAT, wire.MESSAGES):
+        for api in (wire.CHAT, wire.MESSAGES, wire.GENERATE_CONTENT):
             try:
                 text = str(api.summary(first)["text"])
                 break

@@ -1,11 +1,13 @@
-"""The keys of CacheSaver 0.0.6: deepdiff's ``DeepHash`` of a request's arguments, for JSON-like values.
+"""The keys of CacheSaver 0.0.6: deepdiff's ``DeepHash`` of a request's arguments.
 
+They are computed for JSON-like values and objects of pydantic.
 These keys ignore the order and the repetition of list items, and tell ``1`` from ``1.0``. The request cannot
 be found from its key, so the keys of known requests are computed and compared.
 """
 
 from __future__ import annotations
 
+import enum
 import hashlib
 from collections.abc import Mapping
 from typing import Any, Final
@@ -44,8 +46,9 @@ def key_of(kwargs: Mapping[str, Any], args: Any = (), **fields: Any) -> str:
 
 
 def deep_hash(value: Any) -> str:
-    """Return the hash of a value of strings, numbers, None, lists, tuples and mappings."""
-    return hashlib.sha256(f"str:{_spelled(value)}".encode()).hexdigest()
+    """Return the hash of a value of strings, numbers, None, lists, tuples, mappings or pydantic's objects."""
+    kind = type(value).__name__ if isinstance(value, enum.Enum) else "str"
+    return hashlib.sha256(f"{kind}:{_spelled(value)}".encode()).hexdigest()
 
 
 def _spelled(value: Any) -> str:
@@ -59,7 +62,11 @@ def _spelled(value: Any) -> str:
         return "bool:true" if value else "bool:false"
     if kind in _NUMBERS:
         return f"{kind.__name__}:{value}"
-    if kind in (list, tuple):
+    if isinstance(value, str) and isinstance(value, enum.Enum):
+        return f"{value}"
+    if kind in (list, tuple) or hasattr(
+        kind, "__pydantic_fields__"
+    ):  # which gives its fields, also unset ones
         return f"{kind.__name__}:{','.join(sorted({deep_hash(item) for item in value}))}"
     if isinstance(value, Mapping):
         items = [

@@ -8,12 +8,20 @@ expands to is counted.
 
 from __future__ import annotations
 
+import base64
 import pickletools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
-_ANSWERS: Final = re.compile(r"(openai|together|groq|anthropic)\.types(\.[A-Za-z0-9_]+)*")
+_ANSWERS: Final = re.compile(
+    r"((openai|together|groq|anthropic)\.types|huggingface_hub\.inference\._generated\.types)(\.[A-Za-z0-9_]+)*"
+    r"|google\.genai\.types"
+)
+_GOOGLE: Final = "google"
+_HUB: Final = "huggingface_hub"
+_ADDED: Final = frozenset({"sdk_http_response", "parsed", "automatic_function_calling_history"})
+"""The fields that Google's SDK adds to an answer."""
 _CLASS: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _DEEPEST: Final = 100  # levels of a value
 _SHOWN: Final = 80  # characters of a name in an error
@@ -50,7 +58,8 @@ class Instance:
 
     Attributes:
         kind: the class.
-        state: what pydantic writes: the values of the fields, and which of them were set.
+        state: what pydantic writes: the values of the fields, and which of them were set. Of a dataclass of
+            Hugging Face's, the values of the fields.
     """
 
     def __init__(self, kind: Global) -> None:
@@ -156,6 +165,8 @@ class _Machine:
 
     def set(self, items: list[Any]) -> None:
         target = self.stack[-1]
+        if type(target) is Instance and target.kind.package == _HUB:
+            return  # its classes are mappings too, whose items repeat the fields
         if type(target) is not dict:
             raise BadPickle("it sets items of something else than a mapping")
         target.update(_mapping(items))
@@ -187,6 +198,14 @@ class _Machine:
             raise BadPickle("it makes an instance with arguments, or of something else than a class")
         self.stack.append(Instance(kind))
 
+    def member(self, _: Any) -> None:
+        """Make a member of an enumeration of Google's, whose values are strings: the string itself."""
+        arguments, kind = self.pop(), self.pop()
+        of_google = type(kind) is Global and kind.package == _GOOGLE
+        if not of_google or type(arguments) is not tuple or [*map(type, arguments)] != [str]:
+            raise BadPickle("it holds the opcode REDUCE for something else than a member of an enumeration")
+        self.stack.append(arguments[0])
+
     def build(self, _: Any) -> None:
         state = self.pop()
         target = self.stack[-1]
@@ -209,10 +228,15 @@ def _set(items: list[Any]) -> set[Any]:
 
 
 def _named(module: str, name: str) -> Global:
+    if module.partition(".")[0] == "torch":
+        raise BadPickle(
+            "it holds tensors of a model of transformers. CacheSaver stores neither the model nor the "
+            "tokenizer, so nobody knows which model wrote these tokens, and which texts they are"
+        )
     if not _ANSWERS.fullmatch(module) or not _CLASS.fullmatch(name):
         raise BadPickle(
             f"it names {f'{module}.{name}':.{_SHOWN}}, which is not a class of an answer of OpenAI's, "
-            "Together's, Groq's or Anthropic's SDK"
+            "Together's, Groq's, Anthropic's, Google's or Hugging Face's SDK"
         )
     return Global(module, name)
 
@@ -253,6 +277,7 @@ _OPCODES: Final[Mapping[str, Callable[[_Machine, Any], None]]] = {
     "GLOBAL": _Machine.name,
     "STACK_GLOBAL": _Machine.stack_name,
     "NEWOBJ": _Machine.new,
+    "REDUCE": _Machine.member,
     "BUILD": _Machine.build,
 }
 
@@ -304,9 +329,25 @@ def _size(value: Any) -> int:
 
 def _fields(instance: Instance) -> dict[str, Any]:
     """Return the fields of an answer that were set: those that its JSON had."""
+    if instance.kind.package == _HUB:  # which sets a field that is absent to None
+        return {name: item for name, item in instance.state.items() if item is not None}
     values = instance.state.get("__dict__")
     were_set = instance.state.get("__pydantic_fields_set__")
     extra = instance.state.get("__pydantic_extra__") or {}
     if type(values) is not dict or type(were_set) is not set or type(extra) is not dict:
         raise BadPickle(f"it holds a {instance.kind} that pydantic 2 has not written")
-    return {name: item for name, item in values.items() if name in were_set} | extra
+    found = {name: item for name, item in values.items() if name in were_set}
+    if instance.kind.package == _GOOGLE:
+        found = {_camel(name): _text(item) for name, item in found.items() if name not in _ADDED}
+    return found | extra
+
+
+def _camel(name: str) -> str:
+    """Return a name as Google's JSON has it, such as ``finishReason``."""
+    first, *others = name.split("_")
+    return first + "".join(map(str.capitalize, others))
+
+
+def _text(value: Any) -> Any:
+    """Return bytes as Google's JSON has them; other values unchanged."""
+    return base64.b64encode(value).decode() if type(value) is bytes else value

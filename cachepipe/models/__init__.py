@@ -11,6 +11,7 @@ from cachepipe import lazy
 
 if TYPE_CHECKING:
     from cachepipe.models.anthropic import AnthropicModel as AnthropicModel
+    from cachepipe.models.gemini import GeminiModel as GeminiModel
     from cachepipe.models.openai import OpenAIModel as OpenAIModel
     from cachepipe.models.together import TogetherModel as TogetherModel
     from cachepipe.models.transformers import TransformersModel as TransformersModel
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 # Public name: the module that it lives in. A new adapter gets a line here.
 _HOMES: Final = {
     "AnthropicModel": "cachepipe.models.anthropic",
+    "GeminiModel": "cachepipe.models.gemini",
     "OpenAIModel": "cachepipe.models.openai",
     "TogetherModel": "cachepipe.models.together",
     "TransformersModel": "cachepipe.models.transformers",
 }
 
-__all__ = ["AnthropicModel", "OpenAIModel", "TogetherModel", "TransformersModel"]
+__all__ = ["AnthropicModel", "GeminiModel", "OpenAIModel", "TogetherModel", "TransformersModel"]
 
-
-__getattr__, __dir__ = lazy.names(__name__, _HOMES)
+if not TYPE_CHECKING:  # else type checkers would take any name for one of the package
+    __getattr__, __dir__ = lazy.names(__name__, _HOMES)

@@ -1,10 +1,19 @@
-"""Clients of models on this machine: calls as in OpenAI's SDK, answered by a pipeline in true batches."""
+"""Clients of models on this machine: calls as in OpenAI's SDK, answered by a pipeline in true batches.
+
+A stream begins with the first words that the model generates, if the model tells them (`Listener`), and ends
+when the sample is stored. Where the words of a sample are not known before it is whole (a hit, equal requests
+that share a call, a model that tells nothing), they come then.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import copy
 import dataclasses
 import functools
+import queue
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Self
 
@@ -14,8 +23,9 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from cachepipe import context, wire
 from cachepipe.contract.draws import Claimant
+from cachepipe.models.samples import Listened, Listener
 from cachepipe.pipelines import LocalAPI
-from cachepipe.portal import in_portal, run_now
+from cachepipe.portal import check_elsewhere, in_portal, run_now, submit
 from cachepipe.prices import TABLE
 from cachepipe.providers import info
 from cachepipe.typedefs import Request, Response
@@ -30,6 +40,139 @@ class _Kept(NamedTuple):
     value: wire.Sample
 
 
+class _Record(info.Record):
+    """The facts about a call."""
+
+    def responded(self, response: Response) -> None:
+        """Note the response."""
+        self.responses = [response._replace(data=[_Kept(sample) for sample in response.data])]
+
+
+_begun: set[asyncio.Future[Any]] = set()
+"""Requests of streams, which go on when their readers stop; the loop holds no reference to them."""
+
+
+class _Form:
+    """How a stream of a client is written.
+
+    Attributes:
+        api: the API whose form the answers have.
+    """
+
+    def __init__(self, api: wire.Api) -> None:
+        self.api = api
+
+    def whole(self, samples: Sequence[wire.Sample]) -> list[Any]:
+        """Return the parts of a stream with these samples."""
+        raise NotImplementedError
+
+    def words(self, head: Mapping[str, Any], place: int, words: str, *, begun: bool) -> list[Any]:
+        """Return the parts with the next words of a sample.
+
+        Args:
+            head: the fields that the samples have in common.
+            place: the place of the sample.
+            words: the words.
+            begun: whether the sample has parts already.
+        """
+        raise NotImplementedError
+
+    def place_of(self, part: Any) -> int | None:
+        """Return the place of the sample of a part; None if it is not of one sample."""
+        raise NotImplementedError
+
+
+class _Words(_Form):
+    """A stream of the words of one text."""
+
+    def whole(self, samples: Sequence[wire.Sample]) -> list[str]:
+        return wire.pieces(self.api.summary(samples[0])["text"])
+
+    def words(self, head: Mapping[str, Any], place: int, words: str, *, begun: bool) -> list[str]:  # noqa: ARG002 - as above
+        return wire.pieces(words)
+
+    def place_of(self, part: str) -> int:  # noqa: ARG002 - as above
+        return 0
+
+
+class _Chunks(_Form):
+    """A stream of objects of OpenAI's SDK."""
+
+    def __init__(self, api: wire.Api, ask: wire.Ask, kind: Any) -> None:
+        super().__init__(api)
+        self._ask, self._kind = ask, kind
+
+    def whole(self, samples: Sequence[wire.Sample]) -> list[Any]:
+        datas = [event.removeprefix(b"data: ").strip() for event in self.api.stream(samples, self._ask)]
+        return [self._kind.construct(**orjson.loads(data)) for data in datas if data != b"[DONE]"]
+
+    def words(self, head: Mapping[str, Any], place: int, words: str, *, begun: bool) -> list[Any]:
+        said = (
+            {"message": {"role": "assistant", "content": words}} if self.api is wire.CHAT else {"text": words}
+        )
+        choice = {"index": 0, **said, "logprobs": None, "finish_reason": None}
+        parts = self.whole([{**head, "choices": [choice]}])[1 if begun else 0 : -1]  # without their end
+        for part in parts:
+            part.choices[0].index = place
+        return parts
+
+    def place_of(self, part: Any) -> int | None:
+        return part.choices[0].index if part.choices else None
+
+
+class _Live:
+    """A request whose words are told while they are generated.
+
+    Attributes:
+        item: what has come: the place of a sample and its next words; None once the request has ended.
+        arrived: the queue of these.
+        future: the response.
+        record: the facts about the request for `cachepipe.info`.
+    """
+
+    def __init__(self, form: _Form, n: int, arrived: Any, put: Callable[[Any], None]) -> None:
+        self.form = form
+        self.item: tuple[int, str] | None = None
+        self.arrived = arrived
+        self.put = put
+        self.future: Any = None
+        self.record: Callable[[Response], None] = lambda _: None
+        self.listener = Listener(n, lambda place, words: put((place, words)))
+        self._sent: Counter[int | None] = Counter()
+
+    def told(self) -> list[Any]:
+        """Return the parts with the words that have come."""
+        if self.item is None:
+            return []
+        place, words = self.item
+        parts = self.form.words(self.listener.head, place, words, begun=place in self._sent)
+        self._sent[place] += len(parts)
+        return parts
+
+    def ended(self) -> list[Any]:
+        """Return the rest of the parts; raise the error of the request if it has failed.
+
+        Raises:
+            BadAnswer: when the answer does not go on from the words that were told.
+        """
+        response = self.future.result()
+        self.record(response)
+        texts = [self.form.api.summary(sample)["text"] for sample in response.data]
+        if not all(text.startswith(told) for text, told in zip(texts, self.listener.texts, strict=True)):
+            raise wire.BadAnswer(
+                "the model has begun anew after the first words of this stream, so that the stream cannot go "
+                "on; the whole answer is stored, and a rerun gets it"
+            )
+        rest, sent = [], self._sent.copy()
+        for part in self.form.whole(response.data):
+            place = self.form.place_of(part)
+            if place is not None and sent[place]:
+                sent[place] -= 1
+            else:
+                rest.append(part)
+        return rest
+
+
 class LocalCalls:
     """What the synchronous and the asynchronous client have in common; `AsyncLocalClient` documents both.
 
@@ -38,11 +181,17 @@ class LocalCalls:
 
     Attributes:
         _settled: returns an awaitable of the result of a coroutine.
-        _stream: returns an iterator over the parts of a stream.
+        _listening: returns a `_Live` for a form and a number of samples.
+        _begin: begins a coroutine and returns a future of its result, which calls a function when it is done.
+        _come: returns an awaitable of what comes next of a `_Live`.
+        _parts: returns an iterator over the parts of a stream.
     """
 
     _settled: Callable[[Any], Awaitable[Any]]
-    _stream: Callable[[Sequence[Any]], Any]
+    _listening: Callable[[_Form, int], _Live]
+    _begin: Callable[[Any, Callable[[], None]], Any]
+    _come: Callable[[_Live], Awaitable[Any]]
+    _parts: Callable[[_Live], Any]
 
     def __init__(
         self,
@@ -106,29 +255,48 @@ class LocalCalls:
         if stream and n is not None:
             raise ValueError("generate(stream=True) returns one text; leave out n")
         asked = prompt_of(prompt)
-        samples = await self._samples(asked, n or 1, settings)
         api = wire.CHAT if _is_chat(asked) else wire.COMPLETIONS
-        texts = [api.summary(sample)["text"] for sample in samples.data]
+        request = self._request(asked, n or 1, settings)
         if stream:
-            return self._stream(wire.pieces(texts[0]))
+            return self._parts(await self._streamed(request, _Words(api)))
+        response = await self._settled(self.pipeline.request(request))
+        texts = [api.summary(sample)["text"] for sample in response.data]
         return texts if n is not None else texts[0]
 
     async def close(self) -> None:
         """Wait for what is in flight, and close the pipeline, also for copies of the client."""
         await self._settled(self.pipeline.close())
 
-    async def _samples(self, prompt: Any, n: int, settings: Mapping[str, Any]) -> Response:
-        """Return a response with n samples."""
-        return (await self._answered(prompt, n, settings))[1]
-
-    async def _answered(self, prompt: Any, n: int, settings: Mapping[str, Any]) -> tuple[Request, Response]:
+    def _request(self, prompt: Any, n: int, settings: Mapping[str, Any]) -> Any:
+        """Return a call as a request of the pipeline."""
         if reserved := _ROLES & settings.keys():
             raise TypeError(f"{', '.join(sorted(reserved))}: set these with cachepipe.using(...)")
         kind = _request_class(tuple(sorted(settings)))
         whose = context.current().claimant(self._namespace, self._replicate)._asdict()
-        request = kind(prompt, n=n, **{**whose, "request_id": whose["request_id"] or ""}, **settings)
-        response: Response = await self._settled(self.pipeline.request(request))
-        return request, response
+        return kind(prompt, n=n, **{**whose, "request_id": whose["request_id"] or ""}, **settings)
+
+    async def _streamed(
+        self, request: Any, form: _Form, record: Callable[[Response], None] | None = None
+    ) -> _Live:
+        """Begin a request; return it once there are words of it, or all.
+
+        Args:
+            request: the request.
+            form: how its stream is written.
+            record: called with the response.
+        """
+        live = self._listening(form, request.n)
+        live.record = record or live.record
+        work = self.pipeline.request(request.heard_by(live.listener))
+        live.future = self._begin(work, lambda: live.put(None))
+        try:
+            live.item = await self._come(live)
+        except BaseException:
+            live.future.cancel()
+            raise
+        if live.item is None:
+            live.record(live.future.result())
+        return live
 
 
 class AsyncLocalClient(LocalCalls):
@@ -136,7 +304,8 @@ class AsyncLocalClient(LocalCalls):
 
     ``client.chat.completions.create(messages=…)`` and ``client.completions.create(prompt=…)`` return objects
     of OpenAI's SDK; `generate` returns text. Calls that are in flight together share batches. A stream brings
-    the words of an answer that has been generated: a batch has no answer before its end.
+    words as the model generates them, and ends when the sample is stored. Equal calls that are in flight
+    together get their words when all of them are there, because they share one call of the model.
 
     Args:
         model: an adapter with a ``name``, whose samples have the form of OpenAI's answers, such as
@@ -164,9 +333,44 @@ class AsyncLocalClient(LocalCalls):
         return step
 
     @staticmethod
-    async def _stream(items: Sequence[Any]) -> AsyncIterator[Any]:
-        for item in items:
-            yield item
+    def _listening(form: _Form, n: int) -> _Live:
+        loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Any]()
+
+        def put(item: Any) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody reads any more
+                loop.call_soon_threadsafe(arrived.put_nowait, item)
+
+        return _Live(form, n, arrived, put)
+
+    @staticmethod
+    def _begin(work: Any, done: Callable[[], None]) -> asyncio.Future[Any]:
+        def ended(task: asyncio.Task[Any]) -> None:
+            _begun.discard(task)
+            if not task.cancelled():
+                task.exception()  # else the loop reports it when nobody reads the stream any more
+            done()
+
+        task = asyncio.get_running_loop().create_task(work)
+        _begun.add(task)
+        task.add_done_callback(ended)
+        return task
+
+    @staticmethod
+    async def _come(live: _Live) -> Any:
+        return await live.arrived.get()
+
+    @staticmethod
+    async def _parts(live: _Live) -> AsyncIterator[Any]:
+        try:
+            while live.item is not None:
+                for part in live.told():
+                    yield part
+                live.item = await live.arrived.get()
+        except asyncio.CancelledError:  # a reader who only stops has had its draw
+            live.future.cancel()
+            raise
+        for part in live.ended():
+            yield part
 
 
 class LocalClient(LocalCalls):
@@ -201,8 +405,31 @@ class LocalClient(LocalCalls):
         return in_portal(step)
 
     @staticmethod
-    def _stream(items: Sequence[Any]) -> Iterator[Any]:
-        yield from items
+    def _listening(form: _Form, n: int) -> _Live:
+        arrived = queue.SimpleQueue[Any]()
+        return _Live(form, n, arrived, arrived.put)
+
+    @staticmethod
+    def _begin(work: Any, done: Callable[[], None]) -> Any:
+        check_elsewhere(work)
+        future = submit(work)
+        future.add_done_callback(lambda _: done())
+        return future
+
+    @staticmethod
+    async def _come(live: _Live) -> Any:
+        return live.arrived.get()
+
+    @staticmethod
+    def _parts(live: _Live) -> Iterator[Any]:
+        while live.item is not None:
+            yield from live.told()
+            try:
+                live.item = live.arrived.get()
+            except BaseException:  # a reader who only stops has had its draw
+                live.future.cancel()
+                raise
+        yield from live.ended()
 
 
 class _Resource:
@@ -234,27 +461,26 @@ class _Resource:
         if model not in (None, name):
             raise ValueError(f"this client's model is {name!r}, not {model!r}; leave out model=")
         given = {field: value for field, value in settings.items() if value is not None}
-        request, response = await client._answered(prompt, n or 1, given)  # noqa: SLF001 - it is ours
+        request = client._request(prompt, n or 1, given)  # noqa: SLF001 - it is ours
         body = {"stream": bool(stream), "stream_options": stream_options or {}, "n": n or 1}
         [ask] = self.api.split(body)
         whole, part = self.kinds
+        record = self._record(request)
         if stream:
-            events = self.api.stream(response.data, ask)
-            datas = (event.removeprefix(b"data: ").strip() for event in events)
-            parts = [part.construct(**orjson.loads(data)) for data in datas if data != b"[DONE]"]
-            made = client._stream(parts)  # noqa: SLF001 - it is ours
+            form = _Chunks(self.api, ask, part)
+            live = await client._streamed(request, form, record.responded)  # noqa: SLF001 - it is ours
+            made = client._parts(live)  # noqa: SLF001 - it is ours
         else:
+            response = await client._settled(client.pipeline.request(request))  # noqa: SLF001 - it is ours
+            record.responded(response)
             made = whole.construct(**self.api.answer(response.data, ask))  # as the SDK makes it
-        info.note(made, self._record(request, response))
+        info.note(made, record)
         return made
 
-    def _record(self, request: Request, response: Response) -> info.Record:
-        pipeline = self._client.pipeline
-        question = pipeline.question(request)
+    def _record(self, request: Request) -> _Record:
+        question = self._client.pipeline.question(request)
         claimant = Claimant(request.namespace, request.request_id or None, request.replicate)
-        record = info.Record([question], claimant, question.scope or "", TABLE)
-        record.responses = [response._replace(data=[_Kept(sample) for sample in response.data])]
-        return record
+        return _Record([question], claimant, question.scope or "", TABLE)
 
 
 class _ChatCompletions(_Resource):
@@ -356,7 +582,7 @@ def _sync(kind: Any) -> Any:
 def _request_class(names: tuple[str, ...]) -> Any:
     """Return a class of requests with these settings."""
     fields = [(name, Any, dataclasses.field(kw_only=True)) for name in names]
-    return dataclasses.make_dataclass("LocalRequest", fields, bases=(Request,), frozen=True, eq=False)
+    return dataclasses.make_dataclass("LocalRequest", fields, bases=(Listened,), frozen=True, eq=False)
 
 
 def prompt_of(prompt: Any) -> Any:

@@ -167,7 +167,7 @@ class OpenAIModel(ProviderSamples):
         """Return the calls of a request."""
         api, body = self.api, self._body(request)
         if request.n != 1 and api.max_n > 1:
-            body["n"] = request.n
+            body = self._asking(body, request.n)
         asks = api.split(body)
         if len(asks) != 1:
             raise wire.BadRequest(
@@ -183,6 +183,10 @@ class OpenAIModel(ProviderSamples):
                 f"{type(self).__name__} with raw=True to get it as it comes, or leave out encoding_format"
             )
         return _ModelCalls(self, body, asks)
+
+    def _asking(self, body: dict[str, Any], n: int) -> dict[str, Any]:
+        """Return a body that asks for n samples."""
+        return {**body, "n": n}
 
     def _body(self, request: Request) -> dict[str, Any]:
         """Return the body of a request, without the number of samples."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Self
 
 from cachepipe import wire
 from cachepipe.accounting import noted
@@ -20,6 +22,63 @@ class ProviderSamples:
     def pack(self, sample: wire.Sample) -> tuple[bytes, Mapping[str, Any]]:
         """Return the bytes of a sample, and the facts to store with it."""
         return _codec.encode(sample), noted(sample)
+
+
+class Listener:
+    """Hears the texts of samples while a model generates them, for a reader who wants a stream.
+
+    The model calls it in the thread that generates. It passes texts on only while all samples come from one
+    generation: what a second one says would not go on where the first has stopped.
+
+    Args:
+        n: the number of samples.
+        heard: called with the place of a sample and the next words of its text.
+
+    Attributes:
+        head: the fields that the samples have in common, such as their ``id``.
+        texts: what was passed on of each sample.
+    """
+
+    def __init__(self, n: int, heard: Callable[[int, str], None]) -> None:
+        self.n = n
+        self.head: Mapping[str, Any] = {}
+        self.texts = [""] * n
+        self._heard = heard
+        self._open = True
+
+    def begin(self, head: Mapping[str, Any]) -> bool:
+        """Learn that a generation begins; return whether to call `hear` with its texts."""
+        self._open = self._open and not any(self.texts)
+        if self._open:
+            self.head = head
+        return self._open
+
+    def hear(self, place: int, words: str) -> None:
+        """Take the next words of the text of a sample."""
+        self.texts[place] += words
+        self._heard(place, words)
+
+
+@dataclass(frozen=True, eq=False)
+class Listened(Request):
+    """A request whose samples a listener may hear while they are generated."""
+
+    def heard_by(self, listener: Listener) -> Self:
+        """Set the listener; it is not part of the question."""
+        object.__setattr__(self, "_listener", listener)
+        return self
+
+    def merging(self, n: int) -> Self:
+        """Return the question for a call that serves others too: its samples have no listener."""
+        twin = copy.copy(self.asking(n))
+        twin.__dict__.pop("_listener", None)
+        return twin
+
+
+def listener_of(request: Request) -> Listener | None:
+    """Return the listener of a request, if all of its samples are to be generated in one call."""
+    listener = request.__dict__.get("_listener")
+    return listener if isinstance(listener, Listener) and listener.n == request.n else None
 
 
 def fields_of(request: Request) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import copy
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,7 +20,7 @@ import orjson
 
 from cachepipe import wire
 from cachepipe.contract.keys import Question, provider_question
-from cachepipe.models.samples import ProviderSamples, fields_of
+from cachepipe.models.samples import Listener, ProviderSamples, fields_of, listener_of
 from cachepipe.typedefs import Batch, Request, Response
 
 try:
@@ -44,6 +45,8 @@ _RULED: Final = frozenset(  # parameters that only the adapter sets
         "transformers_version",
     }
 )
+_DECODINGS: Final = 64
+"""How often a text is decoded while its length doubles, at most, for a reader of a stream."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class _Job:
         settings: the parameters of the generation.
         stop: texts that end an answer.
         seed: the seed, or None.
+        head: the fields that its samples have in common.
+        listener: hears the samples while they are generated, or None.
     """
 
     place: int
@@ -67,6 +72,8 @@ class _Job:
     settings: dict[str, Any]
     stop: tuple[str, ...]
     seed: int | None
+    head: Mapping[str, Any]
+    listener: Listener | None
 
     @property
     def group(self) -> Any:
@@ -82,6 +89,73 @@ class _Text:
     text: str
     tokens: int
     ended: bool
+
+
+class _HeardText:
+    """A text that grows by tokens, and of which a listener gets the words that will not change.
+
+    Args:
+        job: the request that it answers.
+        place: its place among the samples of the request.
+        ends: the tokens that end it.
+        decoded: returns the text of tokens.
+    """
+
+    def __init__(
+        self, job: _Job, place: int, ends: Sequence[int], decoded: Callable[[list[int]], str]
+    ) -> None:
+        self._job, self._place, self._ends, self._decoded = job, place, ends, decoded
+        self._tokens: list[int] = []
+        self._read = 0
+        self._told = 0
+        self._ended = False
+
+    def take(self, token: int) -> None:
+        """Add a token. A long text is decoded less often, so that the time grows with its length only."""
+        self._ended = self._ended or token in self._ends
+        if self._ended:
+            return
+        self._tokens.append(token)
+        length = len(self._tokens)
+        if self._job.listener is None or length - self._read < max(1, length // _DECODINGS):
+            return
+        self._read = length
+        text = self._decoded(self._tokens)
+        self._ended = any(stop in text for stop in self._job.stop)
+        # The last word may grow, and what may begin a stop text is not part of the answer.
+        safe = min([len(text), *(len(text) - _overlap(text, stop) for stop in self._job.stop)])
+        told = 0
+        for word in wire.pieces(text)[:-1]:
+            if told + len(word) > safe:
+                break
+            told += len(word)
+        if told > self._told and not self._ended:
+            self._job.listener.hear(self._place, text[self._told : told])
+            self._told = told
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of a text that a stop text begins with."""
+    return next((length for length in range(len(stop), 0, -1) if text.endswith(stop[:length])), 0)
+
+
+class _Streamer:
+    """Passes on the tokens of a call, as ``generate`` makes them; a ``transformers.BaseStreamer`` in form."""
+
+    def __init__(self, texts: Sequence[_HeardText | None]) -> None:
+        self._texts = texts
+        self._begun = False
+
+    def put(self, value: Any) -> None:
+        """Take the next token of each row; at first, the prompts."""
+        if self._begun:
+            for text, token in zip(self._texts, value.tolist(), strict=True):
+                if text is not None:
+                    text.take(token)
+        self._begun = True
+
+    def end(self) -> None:
+        """Learn that the call ends."""
 
 
 class TransformersModel(ProviderSamples):
@@ -222,7 +296,14 @@ class TransformersModel(ProviderSamples):
         seed = body.get("seed")
         if type(seed) not in (int, type(None)):
             raise wire.BadRequest(f"a seed is a whole number; got {seed!r:.200}")
-        return _Job(place, request.n, body, tokens, settings, self._stop_texts(body), seed)
+        head = {
+            "id": f"local-{uuid.uuid4().hex}",
+            "object": "chat.completion" if "messages" in body else "text_completion",
+            "created": int(time.time()),
+            "model": self.name,
+        }
+        stop, listener = self._stop_texts(body), listener_of(request)
+        return _Job(place, request.n, body, tokens, settings, stop, seed, head, listener)
 
     def _prompt_tokens(self, body: wire.Body) -> list[int]:
         """Return the tokens of a prompt, at least one."""
@@ -340,10 +421,25 @@ class TransformersModel(ProviderSamples):
                 attention_mask=torch.tensor(mask, device=device),
                 generation_config=settings,
                 tokenizer=self._tokenizer,  # finds stop texts
+                streamer=self._streamer(rows, ends),
             )
         return [
             self._text(row, made, ends) for row, made in zip(rows, output[:, width:].tolist(), strict=True)
         ]
+
+    def _streamer(self, rows: Sequence[_Job], ends: Sequence[int]) -> _Streamer | None:
+        """Return what tells the listeners of a call about its texts; None if there are none."""
+        whole = {job.place: job for job in rows if job.listener is not None and rows.count(job) == job.n}
+        open_ = {place for place, job in whole.items() if job.listener and job.listener.begin(job.head)}
+        if not open_:
+            return None
+        heard: list[_HeardText | None] = []
+        counts: Counter[int] = Counter()
+        for job in rows:
+            text = _HeardText(job, counts[job.place], ends, self._decoded) if job.place in open_ else None
+            heard.append(text)
+            counts[job.place] += 1
+        return _Streamer(heard)
 
     def _ends(self, settings: Mapping[str, Any]) -> list[int]:
         """Return the tokens that end an answer."""
@@ -373,12 +469,6 @@ class TransformersModel(ProviderSamples):
     def _samples(self, job: _Job, texts: Sequence[_Text]) -> list[wire.Sample]:
         """Return answers as samples; the prompt is counted once for all of them."""
         chat = "messages" in job.body
-        head = {
-            "id": f"local-{uuid.uuid4().hex}",
-            "object": "chat.completion" if chat else "text_completion",
-            "created": int(time.time()),
-            "model": self.name,
-        }
         prompt = len(job.tokens)
         samples: list[wire.Sample] = []
         for text in texts:
@@ -390,7 +480,7 @@ class TransformersModel(ProviderSamples):
                 "completion_tokens": text.tokens,
                 "total_tokens": prompt + text.tokens,
             }
-            sample = {**head, "choices": [choice], "usage": usage}
+            sample = {**job.head, "choices": [choice], "usage": usage}
             samples.append(wire.marked(sample) if samples else sample)
         return samples
 

@@ -15,7 +15,7 @@ import dataclasses
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Self
 
 import orjson
@@ -267,7 +267,7 @@ class CacheView:
             groups = self.groups[loop] = Groups()
             loops.own_handles(loop).call_soon(self.groups.pop, loop, None)
         asker = Asker(asyncio.current_task(loop) if asker is None else asker)
-        return groups.duplicated((key, label(namespace)), asker, n)
+        return groups.duplicated((key, namespace), asker, n)
 
     def cache(self, mode: Mode) -> Cache:
         """Return the cache for a mode."""
@@ -332,8 +332,12 @@ def limit_of(api: wire.Api, ask: wire.Ask, url: str, most: int | None = None) ->
         url: where the call goes.
         most: the number that the client's provider honours, if it is known.
     """
-    if not ask.mergeable:
-        return api.max_n
+    return _most_of(api, url, most) if ask.mergeable else api.max_n
+
+
+@lru_cache(maxsize=256)
+def _most_of(api: wire.Api, url: str, most: int | None) -> int:
+    """Return the largest number of samples of a call that may be merged; the arguments are as above."""
     known = presets.at(wire.scope_of(url))
     limits = (api.max_n, most, None if known is None else known.max_n)
     return min(limit for limit in limits if limit is not None)

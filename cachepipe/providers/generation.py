@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import orjson
 
 from cachepipe import jsontext, telemetry, wire
-from cachepipe.accounting import is_name, noted
+from cachepipe.accounting import Usage, is_name, noted, sold_in, usage_of, usage_sold
 from cachepipe.bounds import max_answer
 from cachepipe.contract.keys import trimmed
 from cachepipe.errors import CachepipeError
@@ -47,6 +47,12 @@ class Kept(NamedTuple):
         """The sample."""
         sample: wire.Sample = _codec.decode(self.payload)
         return sample
+
+    @property
+    def usage(self) -> Usage:
+        """The usage of the sample, as the facts beside it say, which takes less time than reading it."""
+        sold = sold_in(self.noted)
+        return usage_sold(sold) if sold else usage_of(self.value)
 
     @property
     def made_by(self) -> str | None:

@@ -1,7 +1,7 @@
 """The providers that cachepipe knows, one row each: where they are, who holds their key, how they differ.
 
 Clients, services, the proxy and the command line read this table. A provider that speaks OpenAI's protocol
-needs no more than a row here.
+needs no more than a row here; ``python tests/stubs.py`` then writes it into the stub and the documentation.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Preset(NamedTuple):
         model: the default model of sessions.
         sdk: the SDK of its clients.
         prefix: the end of `url` that its own SDK writes into its paths.
+        chat: what follows `url` where it speaks OpenAI's protocol, if its own SDK speaks another.
         host: the environment variable with the host of a server on this machine, as Ollama has it.
     """
 
@@ -40,12 +41,13 @@ class Preset(NamedTuple):
     model: str | None = None
     sdk: str = "openai"
     prefix: str = ""
+    chat: str = ""
     host: str | None = None
 
     @property
     def variable(self) -> str:
         """The environment variable with another base URL."""
-        return f"{self.key.removesuffix('_API_KEY')}_BASE_URL"
+        return f"{self.key.removesuffix('_API_KEY').removesuffix('_TOKEN')}_BASE_URL"
 
     @property
     def base_url(self) -> str:
@@ -85,11 +87,19 @@ class Preset(NamedTuple):
 _ROWS: Final = (
     Preset("OpenAI", "https://api.openai.com/v1", "OPENAI_API_KEY", model="gpt-4-1106-preview"),
     Preset("Anthropic", "https://api.anthropic.com/v1", "ANTHROPIC_API_KEY", sdk="anthropic", prefix="/v1"),
-    Preset("Gemini", "https://generativelanguage.googleapis.com", "GEMINI_API_KEY", max_n=8, sdk="google"),
+    Preset(
+        "Gemini",
+        "https://generativelanguage.googleapis.com",
+        "GEMINI_API_KEY",
+        max_n=8,
+        sdk="google",
+        chat="/v1beta/openai",
+    ),
     Preset("Together", "https://api.together.xyz/v1", "TOGETHER_API_KEY", sdk="together", prefix="/v1"),
     Preset(
         "Groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY", max_n=1, sdk="groq", prefix="/openai/v1"
     ),
+    Preset("HuggingFace", "https://router.huggingface.co/v1", "HF_TOKEN", sdk="huggingface"),
     Preset(
         "OpenRouter", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", model="openai/gpt-4-1106-preview"
     ),

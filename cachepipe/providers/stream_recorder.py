@@ -175,7 +175,6 @@ class RecordedStream(StreamSource):
 
     def _shown(self, event: wire.StreamEvent) -> bytes:
         """Return the bytes of an event that the reader gets."""
-        self._watch()
         self._over = self._over or event.terminal
         lean = event.without_usage
         return lean if self._hide_usage and lean is not None else event.raw
@@ -184,12 +183,18 @@ class RecordedStream(StreamSource):
         """Iterate over what the reader gets, and over the methods with which it waits for more."""
         while True:
             while self._events:
-                event = self._events.popleft()
-                if event.terminal:
+                if self._events[0].terminal:
                     yield self._until_drawn
-                if shown := self._shown(event):
-                    yield shown
-                self.finished = self.finished or event.terminal
+                ends = False
+                shown: list[bytes] = []
+                while self._events and not ends and not (shown and self._events[0].terminal):
+                    event = self._events.popleft()
+                    shown.append(self._shown(event))
+                    ends = event.terminal
+                if together := b"".join(shown):
+                    self._watch()
+                    yield together
+                self.finished = self.finished or ends
             if self._ended and not self._events:
                 break
             yield self._until_news
@@ -237,6 +242,50 @@ class RecordedStream(StreamSource):
         return self.recorder.samples()
 
 
+class Signal:
+    """Wakes one coroutine: a set signal is consumed by the next wait. It costs a fraction of an `Event`.
+
+    Args:
+        loop: the event loop.
+    """
+
+    __slots__ = ("_loop", "_set", "_waiter")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._set = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a coroutine waits."""
+        return self._waiter is not None and not self._waiter.done()
+
+    def set(self) -> None:
+        """Wake the coroutine that waits, or the next one."""
+        waiter = self._waiter
+        if waiter is None:
+            self._set = True
+        elif not waiter.done():
+            waiter.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        """Raise an error in the coroutine that waits."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(error)
+
+    async def wait(self) -> None:
+        """Wait until the signal is set."""
+        if self._set:
+            self._set = False
+            return
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+
 class AsyncRecordedStream(RecordedStream):
     """A recording on an event loop; `run` is the call that the cache asked for."""
 
@@ -245,8 +294,11 @@ class AsyncRecordedStream(RecordedStream):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._loop = asyncio.get_running_loop()
-        self._news = asyncio.Event()
-        self._demand = asyncio.Event()
+        self._news = Signal(self._loop)  # for the reader: more has come
+        self._demand = Signal(self._loop)  # for the recording: the reader wants more
+        self._looking: asyncio.TimerHandle | None = None
+        self._expiring: asyncio.TimerHandle | None = None
+        self._expires = 0.0  # when the time-out of a waiting reader ends, by the loop's clock
         self._onward: AsyncIterator[bytes] | None = None  # of a stream that is too large to be recorded
 
     async def run(self) -> list[wire.Sample]:
@@ -260,7 +312,8 @@ class AsyncRecordedStream(RecordedStream):
                     self._onward = chunks
                 if self.recorder.ended or self.recorder.overflowed:
                     break
-                await self._until_wanted()
+                if self._events and not self._ahead:
+                    await self._until_wanted()
             self._take(self.recorder.close(in_order=ends_in_order(self.upstream)))
         except BaseException as error:
             stopped = ConnectionResetError("the call that this stream came from was stopped")
@@ -268,13 +321,23 @@ class AsyncRecordedStream(RecordedStream):
             raise
         finally:
             whole = self._error is None and self.recorder.ended
-            self._ended = not whole or self.recorder.done
-            self._news.set()
+            if not whole or self.recorder.done:
+                self._end()
+            else:
+                self._news.set()
             if whole:
                 self._begin(self._drained(chunks))
             elif self._onward is None:
                 await self.upstream.aclose()
         return self._finish()
+
+    def _end(self) -> None:
+        """Note that no more events come."""
+        self._ended = True
+        self._news.set()
+        for timer in (self._looking, self._expiring):
+            if timer is not None:
+                timer.cancel()
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         """Run what ends a response in a task."""
@@ -295,8 +358,7 @@ class AsyncRecordedStream(RecordedStream):
                             self._events.extend(self.recorder.feed(chunk))
                             self._news.set()
         finally:
-            self._ended = True
-            self._news.set()
+            self._end()
             await self.upstream.aclose()
 
     async def aleave(self) -> None:
@@ -311,12 +373,22 @@ class AsyncRecordedStream(RecordedStream):
             await asyncio.sleep(0)
 
     async def _until_wanted(self) -> None:
+        """Wait until the reader has taken all events, or another draw waits for the sample."""
+        if self._looking is None:
+            self._looking = self._loop.call_later(_LOOK, self._look)
         while self._events and not self._ahead:
-            self._demand.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK):
-                    await self._demand.wait()
-            self._ahead = self._ahead or self._awaited()
+            await self._demand.wait()
+
+    def _look(self) -> None:
+        """Read ahead of a reader who keeps another draw waiting; this runs at intervals while it may."""
+        self._looking = None
+        if not self._demand.awaited:
+            return
+        self._ahead = self._ahead or self._awaited()
+        if self._ahead or not self._events:
+            self._demand.set()
+        else:
+            self._looking = self._loop.call_later(_LOOK, self._look)
 
     async def aread(self) -> AsyncIterator[bytes]:
         """Iterate over the events for the reader."""
@@ -333,11 +405,23 @@ class AsyncRecordedStream(RecordedStream):
                 await self.upstream.aclose()
 
     async def _until_news(self) -> None:
-        self._news.clear()
         self._demand.set()
+        if self._patience is not None:
+            self._expires = self._loop.time() + self._patience
+            if self._expiring is None:
+                self._expiring = self._loop.call_at(self._expires, self._expire)
         with self._leaving_if_stopped():
-            async with asyncio.timeout(self._patience):
-                await self._news.wait()
+            await self._news.wait()
+
+    def _expire(self) -> None:
+        """Stop a reader that has waited for too long; the timer is moved forward only when it fires."""
+        self._expiring = None
+        if not self._news.awaited:
+            return
+        if self._loop.time() < self._expires:
+            self._expiring = self._loop.call_at(self._expires, self._expire)
+        else:
+            self._news.fail(TimeoutError())
 
     async def _until_drawn(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - none is an error
         if self.draw is not None:

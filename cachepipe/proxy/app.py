@@ -7,7 +7,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, Protocol
 from urllib.parse import quote
 
 from cachepipe import jsontext, wire
@@ -36,15 +36,16 @@ from cachepipe.proxy import control, headers, paths
 from cachepipe.proxy.access import AccessControl
 from cachepipe.proxy.body_cache import BodyCache, ParsedBody, read_object
 from cachepipe.proxy.cache_headers import one_hit, status
-from cachepipe.proxy.counters import Counters, Outcome
+from cachepipe.proxy.counters import Counters, Outcome, Prices, Totals
 from cachepipe.proxy.head_cache import HEAD, HeadCache, ParsedHead
 from cachepipe.proxy.http_exchange import NEVER_AGAIN, ClientGone, HttpExchange, Receive, Refusal, Send
-from cachepipe.proxy.idempotency import ProxyRuns, RequestCounter
+from cachepipe.proxy.idempotency import ProxyRuns, RequestCounts
 from cachepipe.proxy.log import RequestLog
 from cachepipe.proxy.passing import check_counted, pass_through
 from cachepipe.proxy.responder import AnswerSender
 from cachepipe.proxy.routing import Route, Router
 from cachepipe.proxy.settings import ProxySettings, Upstream
+from cachepipe.proxy.shared_runs import SharedRuns
 from cachepipe.proxy.upstream import (
     ProxyExchange,
     UpstreamClient,
@@ -79,24 +80,47 @@ _GOOGLE_STATUS: Final = {
 """Google's names of statuses."""
 
 
+class Workers(Protocol):
+    """The worker processes of a proxy, as one of them sees them."""
+
+    @property
+    def runs(self) -> SharedRuns:
+        """The runs, which the workers share."""
+        ...
+
+    async def begin_run(self, *namespaces: str | None) -> None:
+        """Begin a new run of every namespace, or of one."""
+        ...
+
+    async def totals(self, prices: Prices) -> Totals:
+        """Return the counts of all workers."""
+        ...
+
+
 class Proxy:
     """The application. ``startup`` or the first request opens its cache, and ``shutdown`` closes it.
 
     Args:
         settings: its settings.
         log: takes the log entry of each request; None for standard error.
+        workers: the worker processes, if this is one of them.
 
     Raises:
         BadSettings: when it would not work, or would not be safe.
     """
 
     def __init__(
-        self, settings: ProxySettings, log: Callable[[Mapping[str, Any]], None] | None = None
+        self,
+        settings: ProxySettings,
+        log: Callable[[Mapping[str, Any]], None] | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self.settings = settings.checked()
         self.mode: Mode = "replay" if settings.replay else "bypass" if switched_off() else "read-write"
         self.log = RequestLog(settings.log, log)
         self.runs = ProxyRuns()
+        self.workers = workers
+        self._run_of = self.runs.run if workers is None else workers.runs.run
         self.heads = HeadCache()
         self.background: set[asyncio.Future[Any]] = set()
         """The draws of clients that have gone."""
@@ -177,6 +201,25 @@ class Proxy:
             await asyncio.get_running_loop().run_in_executor(None, self.store.close)
         self.log.flush()
 
+    async def begin_run(self, *namespaces: str | None) -> None:
+        """Begin a new run of every namespace, or of one, in all worker processes.
+
+        Raises:
+            Refusal: when too many namespaces have runs of their own.
+        """
+        if self.workers is not None:
+            await self.workers.begin_run(*namespaces)
+        elif namespaces:
+            self.runs.begin_of(*namespaces)
+        else:
+            self.runs.begin()
+
+    async def totals(self) -> Totals:
+        """Return the counts of all worker processes."""
+        if self.workers is None:
+            return self.counters
+        return await self.workers.totals(self.counters.prices)
+
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one request, or the server's startup and shutdown events."""
         if scope["type"] == "lifespan":
@@ -197,8 +240,8 @@ class Proxy:
         http = self._http(scope, receive, send)
         http.route = Route(head.destination, head.upstream, head.url, head.api)
         http.claimant = head.claimant
-        run = self.runs.run(head.claimant.namespace, head.destination.run)
-        await self._serve(http, self._draw(http, head, body, "read-write", RequestCounter(run)))
+        run = self._run_of(head.claimant.namespace, head.destination.run)
+        await self._serve(http, self._draw(http, head, body, "read-write", run.request(head.claimant, ())))
 
     def _http(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> HttpExchange:
         usual = Claimant(self.settings.namespace, None, self.settings.replicate)
@@ -416,12 +459,11 @@ class Proxy:
 
     async def _cached(self, http: HttpExchange, head: ParsedHead, body: ParsedBody, mode: Mode) -> Outcome:
         """Answer a request from the cache, or with a call that the cache makes."""
-        run = self.runs.run(head.claimant.namespace, head.destination.run)
+        run = self._run_of(head.claimant.namespace, head.destination.run)
         key = http.header(b"idempotency-key")
         retry = http.named.get(b"x-stainless-retry-count", b"0").strip() not in (b"0", b"")
         keys = [question.key for question in body.questions]
-        entry = None if key is None else run.entry(key, head.claimant, keys)
-        counter = RequestCounter(run, retry=retry, entry=entry)
+        counter = run.request(head.claimant, keys, retry=retry, key=key)
         if key is None and not retry:
             name = http.scope.get(HEAD)
             if name is not None and mode == "read-write":
@@ -434,7 +476,7 @@ class Proxy:
         return await self._draw(http, head, body, mode, counter)
 
     async def _draw(
-        self, http: HttpExchange, head: ParsedHead, body: ParsedBody, mode: Mode, counter: RequestCounter
+        self, http: HttpExchange, head: ParsedHead, body: ParsedBody, mode: Mode, counter: RequestCounts
     ) -> Outcome:
         """Draw the samples of a request that are not known, and answer it."""
         view, run = self._view_of(head.caller, head.upstream), counter.run.counted
@@ -469,7 +511,7 @@ class Proxy:
             body = self._body(head, content)
             if body is None or not body.single:
                 return None
-            counted = self.runs.run(namespace, head.destination.run).counted
+            counted = self._run_of(namespace, head.destination.run).counted
             cache = self.view.cache("read-write")
             found = cache.look(head.claimant, [(body.questions[0], 1)], content, run=counted)
         except (CachepipeError, Refusal):
@@ -479,7 +521,7 @@ class Proxy:
         key, index, sample = body.questions[0].key, found[0].grant.indices[0], found[0].values
         duplicated = self.view.duplicated(key, namespace, 1, asker)[0]
         content = body_from(head.api, body.asks[0], sample)
-        self.counters.hit(namespace, key, index, sample[0], head.url)
+        self.counters.hit(namespace, sample[0], head.url)
         self.log.request("hit", "POST", head.destination, head.claimant, 200, begun, len(content), key=key)
         return one_hit(head.api, sample[0].made_by, key, index, content, duplicated=duplicated)
 

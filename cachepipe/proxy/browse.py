@@ -2,6 +2,7 @@
 
     /cachepipe/api/status                 the upstreams and settings
     /cachepipe/api/counters               hits, misses, spent, billed and saved since the start, by namespace
+    /cachepipe/api/stats                  what the cache has cost and saved, by namespace, model and run
     /cachepipe/api/namespaces             each namespace, with its draws and samples
     /cachepipe/api/keys                   ?search= ?prefix= ?scope= ?namespace= ?after= ?limit=
     /cachepipe/api/keys/KEY               the question, and its number of samples

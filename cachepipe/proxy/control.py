@@ -9,16 +9,21 @@ from typing import TYPE_CHECKING, Any, Final
 
 import cachepipe
 from cachepipe import jsontext
+from cachepipe.figures import stats_of
 from cachepipe.proxy import browse, headers, page
 from cachepipe.proxy.body_cache import read_object
 from cachepipe.proxy.http_exchange import HttpExchange, Refusal
 
 if TYPE_CHECKING:
     from cachepipe.proxy.app import Proxy
+    from cachepipe.proxy.counters import Totals
 
 _LARGEST: Final = 65_536  # bytes of the body that begins a run
 _METRICS: Final = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
-_SEE: Final = ["/cachepipe/api/counters", "/cachepipe/api/namespaces", "/cachepipe/api/keys", "/metrics"]
+_SEE: Final = [
+    *(f"/cachepipe/api/{name}" for name in ("counters", "stats", "namespaces", "keys")),
+    "/metrics",
+]
 
 
 async def answer(proxy: Proxy, http: HttpExchange, path: str) -> None:
@@ -38,8 +43,8 @@ async def answer(proxy: Proxy, http: HttpExchange, path: str) -> None:
         word, status = ("ok", 200) if proxy.ready else ("stopping", 503)
         await http.send_json({"status": word}, status)
     elif path == "/metrics":
-        await asyncio.to_thread(proxy.counters.prices.learn)
-        await http.answer(200, [_METRICS, *headers.INERT], proxy.counters.metrics())
+        totals = await _totals(proxy)
+        await http.answer(200, [_METRICS, *headers.INERT], totals.metrics())
     elif path in page.FILES:
         await http.answer(200, *page.answer(path))
     elif path in ("/cachepipe", "/cachepipe/"):
@@ -57,6 +62,7 @@ def _status(proxy: Proxy) -> dict[str, Any]:
         "cache": getattr(store, "where", str(store)),
         "read_only": store.read_only,
         "mode": proxy.mode,
+        "workers": settings.workers,
         "namespace": settings.namespace,
         "replicate": settings.replicate,
         "upstreams": [
@@ -67,13 +73,23 @@ def _status(proxy: Proxy) -> dict[str, Any]:
     }
 
 
+async def _totals(proxy: Proxy) -> Totals:
+    """Return the counts of all worker processes, with the prices that are known."""
+    totals = await proxy.totals()
+    await asyncio.to_thread(totals.prices.learn)
+    return totals
+
+
 async def _value_at(proxy: Proxy, path: str, http: HttpExchange) -> Any:
     """Return the JSON value at a path of the API."""
     if path == "/status":
         return _status(proxy)
     if path == "/counters":
-        await asyncio.to_thread(proxy.counters.prices.learn)
-        return proxy.counters.as_json()
+        return (await _totals(proxy)).as_json()
+    if path == "/stats":
+        store: Any = proxy.store  # each store that a proxy opens can be listed
+        await proxy.shared_store.deliveries.write()
+        return await asyncio.to_thread(stats_of, store, proxy.counters.prices.given)
     query = http.scope["query_string"].decode("latin-1")
     return await asyncio.to_thread(browse.answer, proxy.store, path, query)
 
@@ -92,11 +108,11 @@ async def _begin_run(proxy: Proxy, http: HttpExchange) -> None:
         namespace = options["namespace"]
         if namespace is not None and not isinstance(namespace, str):
             raise Refusal(400, "bad_run", f"a namespace is a text or null; got {namespace!r:.100}")
-        proxy.runs.begin_of(namespace)
-        served = namespace in proxy.counters.namespaces
+        await proxy.begin_run(namespace)
+        served = namespace in (await _totals(proxy)).namespaces
         options["known"] = served or await asyncio.to_thread(_has_draws, proxy, namespace)
     else:
-        proxy.runs.begin()
+        await proxy.begin_run()
     await http.send_json({"run": secrets.token_hex(8), **options}, 201)
 
 

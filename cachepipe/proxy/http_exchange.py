@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import orjson
 
@@ -20,6 +20,9 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+CONNECTION: Final = "cachepipe.connection"
+"""A key of a scope: the `Connection` of the request, if this package's own server serves it."""
+
 KEEP_ALIVE: Final = "cachepipe.keep_alive"
 """A key of a scope: an HTTP/1.0 client asks to keep its connection."""
 
@@ -27,9 +30,20 @@ NEVER_AGAIN: Final = (b"x-should-retry", b"false")
 """Tells clients that a retry would get the same refusal."""
 
 _CLOSE: Final = [(b"connection", b"close")]
-_TURNS: Final = 5
 JSON: Final = (b"content-type", b"application/json")
 _PRIVATE: Final = [(b"cache-control", b"no-store"), *headers.INERT]
+
+
+class Connection(Protocol):
+    """The connection of a client. It also disconnects a client that reads nothing for too long.
+
+    Attributes:
+        lost: whether it has ended.
+        leaving: functions that are called when it ends.
+    """
+
+    lost: bool
+    leaving: set[Callable[[], None]]
 
 
 class ClientGone(Exception):  # noqa: N818 - nobody is left to whom it would be an error
@@ -71,6 +85,7 @@ class HttpExchange:
         sent: bytes of the answer's body.
         facts: further facts for the log.
         begun: when it began, in seconds of ``time.perf_counter``.
+        gone: whether the client is known to have gone.
     """
 
     scope: Mapping[str, Any]
@@ -83,9 +98,12 @@ class HttpExchange:
     sent: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
     begun: float = field(default_factory=time.perf_counter)
+    gone: bool = False
     _watch: asyncio.Task[None] | None = None
+    _waiter: asyncio.Future[None] | None = None
 
     def __post_init__(self) -> None:
+        self._connection: Connection | None = self.scope.get(CONNECTION)
         self.headers: list[tuple[bytes, bytes]] = self.scope["headers"]
         self.named = dict(self.headers)
         self.method: str = self.scope["method"]
@@ -156,26 +174,48 @@ class HttpExchange:
 
     async def wait_for(self, *work: asyncio.Future[Any]) -> bool:
         """Wait until some work is done or the client has gone; return True if work is done."""
-        for _ in range(_TURNS):  # a stored answer arrives within a few turns, and needs no watch
-            if any(each.done() for each in work):
-                return True
-            await asyncio.sleep(0)
-        if self._watch is None:
-            self._watch = asyncio.get_running_loop().create_task(self._gone())
-        await asyncio.wait((*work, self._watch), return_when=asyncio.FIRST_COMPLETED)
+        if any(each.done() for each in work):
+            return True
+        self._watch_client()
+        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        for each in work:
+            each.add_done_callback(self._wake)
+        try:
+            if not self.gone:
+                await waiter
+        finally:
+            self._waiter = None
+            for each in work:
+                if not each.done():
+                    each.remove_done_callback(self._wake)
         return any(each.done() for each in work)
+
+    def _wake(self, _work: object = None) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _watch_client(self) -> None:
+        """Learn from now on when the client leaves; another server than ours tells it by a message."""
+        connection = self._connection
+        if connection is not None:
+            connection.leaving.add(self._leave)
+            self.gone = connection.lost
+        elif self._watch is None:
+            self._watch = asyncio.get_running_loop().create_task(self._gone())
+
+    def _leave(self) -> None:
+        self.gone = True
+        self._wake()
 
     async def _gone(self) -> None:
         while (await self.receive())["type"] != "http.disconnect":
             pass
-
-    @property
-    def gone(self) -> bool:
-        """Whether the client is known to have gone."""
-        return self._watch is not None and self._watch.done()
+        self._leave()
 
     def close(self) -> None:
         """Stop watching."""
+        if self._connection is not None:
+            self._connection.leaving.discard(self._leave)
         if self._watch is not None:
             self._watch.cancel()
 
@@ -201,9 +241,13 @@ class HttpExchange:
             ClientGone: when the client reads nothing for too long.
         """
         self.sent += len(chunk)
+        message = {"type": "http.response.body", "body": chunk, "more_body": more}
+        if self._connection is not None:  # which disconnects a client that does not read
+            await self.send_message(message)
+            return
         try:
             async with asyncio.timeout(self.timeout):
-                await self.send_message({"type": "http.response.body", "body": chunk, "more_body": more})
+                await self.send_message(message)
         except TimeoutError:
             raise ClientGone from None
 

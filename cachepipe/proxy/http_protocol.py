@@ -15,7 +15,7 @@ from cachepipe.proxy.app import Proxy
 from cachepipe.proxy.body_cache import ParsedBody
 from cachepipe.proxy.head_cache import HEAD, ParsedHead, is_plain, split_head
 from cachepipe.proxy.headers import named_by_connection
-from cachepipe.proxy.http_exchange import KEEP_ALIVE
+from cachepipe.proxy.http_exchange import CONNECTION, KEEP_ALIVE
 
 _MOST_HEAD: Final = 65_536  # bytes of a request's line and headers
 _HEAD_SECONDS: Final = 30.0
@@ -101,6 +101,10 @@ class HttpProtocol(HttpToolsProtocol):
 
     It limits the size and the time of heads, accepts only paths as targets, and drops answers that a client
     does not read in time.
+
+    Attributes:
+        lost: whether the connection has ended.
+        leaving: functions that are called when it ends.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -120,6 +124,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._awaited = 0  # the length of the known head and its body
         self._body_timer = _Timer()
         self._used = 0.0  # when a request was last answered at once
+        self.lost = False
+        self.leaving: set[Callable[[], None]] = set()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the timer for the head of a new connection's first request."""
@@ -127,11 +133,14 @@ class HttpProtocol(HttpToolsProtocol):
         self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timers."""
+        """Stop the timers, and tell those who wait for that."""
         self._head_timer.stop()
         self._stall_timer.stop()
         self._take_held()
         super().connection_lost(exc)
+        self.lost = True
+        for leave in list(self.leaving):
+            leave()
 
     # Clients that do not read.
 
@@ -231,7 +240,7 @@ class HttpProtocol(HttpToolsProtocol):
     def _serve_parsed(self, head: ParsedHead, body: ParsedBody) -> None:
         """Begin to serve a request with a known head and body, as if they had been parsed."""
         self._unset_keepalive_if_required()
-        scope: Any = {"type": "http", "http_version": "1.1", **head.scope}
+        scope: Any = {"type": "http", "http_version": "1.1", CONNECTION: self, **head.scope}
         self.cycle = _Cycle(
             scope=scope,
             transport=self.transport,
@@ -390,6 +399,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._remember_head(self._head_name)
         self._head_name = None
         keeps = self.parser.should_keep_alive() and b"close" not in named_by_connection(self.headers)
+        self.scope[CONNECTION] = self  # type: ignore[typeddict-unknown-key]
         if version == "1.0" and keeps:
             self.scope[KEEP_ALIVE] = True  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()

@@ -8,12 +8,13 @@ number is given back at once, and the next matching request gets it.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final, Protocol
 
-from cachepipe.contract.draws import Claimant, Draw, Identity, label
+from cachepipe.contract.draws import Claimant, Draw, Identity, Retried, label
 from cachepipe.proxy.http_exchange import NEVER_AGAIN, Refusal
 from cachepipe.runs import Occurrences
 
@@ -21,6 +22,35 @@ _KEYS: Final = 50_000  # idempotency keys remembered per run, about 400 bytes ea
 _LONGEST_KEY: Final = 1000  # characters
 _OWED: Final = 10_000
 _LABELS: Final = 10_000  # labelled runs, and namespaces with runs of their own, in a server's life
+
+
+_numbers = itertools.count(1)
+
+
+class RequestCounts(Retried, Protocol):
+    """One request in a run, wherever its run is kept; see `RequestCounter`."""
+
+    @property
+    def run(self) -> Any:
+        """The run."""
+        ...
+
+    @property
+    def attaches(self) -> bool:
+        """Whether the request may be another attempt of an earlier one."""
+        ...
+
+    def delivered(self) -> None:
+        """Note that the client has received its answer."""
+        ...
+
+    def unanswered(self) -> None:
+        """Note that this request ended without an answer: the next matching request gets its draw."""
+        ...
+
+    def ended(self) -> None:
+        """Note that no part of this request is in flight any more."""
+        ...
 
 
 @dataclass(slots=True)
@@ -55,13 +85,35 @@ class IdempotencyEntry:
 
 
 class ProxyRun:
-    """A run of a proxy: its counts, and the draws that requests in flight hold."""
+    """A run of a proxy: its counts, and the draws that requests in flight hold.
+
+    Attributes:
+        number: identifies the run in this process.
+    """
 
     def __init__(self) -> None:
+        self.number = next(_numbers)
         self.counted = Occurrences(one_program=False)
         self.live: dict[Identity, dict[int, _LiveDraw]] = {}
         self.owed: dict[Identity, int] = {}  # numbers given back that no retry has taken
         self.entries: OrderedDict[tuple[str, str], IdempotencyEntry] = OrderedDict()
+
+    def request(
+        self, claimant: Claimant, questions: Sequence[str], *, retry: bool = False, key: str | None = None
+    ) -> RequestCounter:
+        """Return the counter of a request.
+
+        Args:
+            claimant: who draws.
+            questions: the keys of its questions.
+            retry: whether it says that it is a retry.
+            key: its idempotency key, if it has one.
+
+        Raises:
+            Refusal: see `entry`.
+        """
+        entry = None if key is None else self.entry(key, claimant, questions)
+        return RequestCounter(self, retry=retry, entry=entry)
 
     def entry(self, key: str, claimant: Claimant, questions: Sequence[str]) -> IdempotencyEntry:
         """Return the entry of an idempotency key.

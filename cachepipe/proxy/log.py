@@ -86,16 +86,17 @@ class RequestLog:
         where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames[-6:]]
         shows = isinstance(error, OSError) or type(error).__module__.startswith("cachepipe")
         says = str(error)[:300] if shows else ""
-        self._write_event("error", what, error=type(error).__name__, says=says, where=where)
+        self.event("error", what, error=type(error).__name__, says=says, where=where)
 
     def warned(self, message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         """Write a warning of cachepipe, for example that an answer could not be stored; see `warnings`."""
         if not issubclass(category, CachepipeWarning):
             self._other_warning(message, category, *where, **more)
             return
-        self._write_event("warning", str(message)[:500], warning=category.__name__)
+        self.event("warning", str(message)[:500], warning=category.__name__)
 
-    def _write_event(self, level: str, message: str, at: float | None = None, **facts: Any) -> None:
+    def event(self, level: str, message: str, at: float | None = None, **facts: Any) -> None:
+        """Write an entry that belongs to no request."""
         self._write({"at": round(at or time.time(), 3), "level": level, "message": message, **facts})
 
     def handler(self) -> logging.Handler:
@@ -105,7 +106,7 @@ class RequestLog:
         return handler
 
     def _logged(self, record: logging.LogRecord) -> None:
-        self._write_event(record.levelname.lower(), record.getMessage()[:500], record.created)
+        self.event(record.levelname.lower(), record.getMessage()[:500], record.created)
 
     def _gather(self, event: Mapping[str, Any]) -> None:
         self._lines.append(orjson.dumps(event, default=repr, option=orjson.OPT_APPEND_NEWLINE))

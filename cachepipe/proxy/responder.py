@@ -13,7 +13,7 @@ from cachepipe.providers.stream_recorder import StreamSource
 from cachepipe.proxy import cache_headers, headers
 from cachepipe.proxy.counters import Outcome
 from cachepipe.proxy.http_exchange import JSON, ClientGone, HttpExchange
-from cachepipe.proxy.idempotency import RequestCounter
+from cachepipe.proxy.idempotency import RequestCounts
 from cachepipe.proxy.upstream import ProxyExchange, UpstreamUnreachable
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class AnswerSender:
     proxy: Proxy
     http: HttpExchange
     exchange: ProxyExchange
-    counter: RequestCounter
+    counter: RequestCounts
 
     async def drawn(self, task: asyncio.Future[Answer]) -> Outcome:
         """Send the answer of a draw; if the client leaves, continue the draw without it."""

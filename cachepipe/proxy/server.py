@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import encodings.idna  # noqa: F401 - the first call upstream would import it
 import gc
 import logging
 import signal
@@ -20,10 +21,17 @@ from cachepipe.addresses import in_url, name_for_others
 from cachepipe.errors import CachepipeError
 from cachepipe.proxy.app import Proxy
 from cachepipe.proxy.http_protocol import HttpProtocol
+from cachepipe.proxy.log import RequestLog
 from cachepipe.proxy.settings import BadSettings, ProxySettings
 
 _IDLE_SECONDS: Final = 75
-_NEW_OBJECTS: Final = 2_000  # objects that are made between two collections of the youngest
+_COLLECTIONS: Final = (1_000, 5, 500)
+"""New objects until the youngest are collected, and such collections until the next older ones are.
+
+With the defaults of Python, each tenth collection of the young stops all requests for some milliseconds, and
+one of all objects for tens of them. What requests leave behind is free without a collection, but for a few
+cycles.
+"""
 
 
 class Server(uvicorn.Server):
@@ -34,12 +42,14 @@ class Server(uvicorn.Server):
         on_listening: is called once with the server's address when it listens.
     """
 
+    protocol: type[HttpProtocol] = HttpProtocol
+
     def __init__(self, proxy: Proxy, on_listening: Callable[[str], None] | None = None) -> None:
         settings = proxy.settings
         super().__init__(
             uvicorn.Config(
                 proxy,
-                http=HttpProtocol,
+                http=self.protocol,
                 ws="none",
                 lifespan="on",
                 log_config=None,
@@ -82,7 +92,7 @@ class Server(uvicorn.Server):
         """Listen."""
         await super().startup(sockets)
         if sockets and self.started:
-            self.url = _url(sockets[0])
+            self.url = url_of(sockets[0])
             if self._on_listening is not None:
                 try:
                     self._on_listening(self.url)
@@ -102,7 +112,8 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _url(listener: socket.socket) -> str:
+def url_of(listener: socket.socket) -> str:
+    """Return the URL of a proxy that listens on a socket."""
     host, port = listener.getsockname()[:2]
     return f"http://{in_url(name_for_others(host))}:{port}"
 
@@ -127,21 +138,21 @@ def listen(settings: ProxySettings) -> socket.socket:
     return listener
 
 
-def _silence_uvicorn() -> None:
+def silence_uvicorn() -> None:
     """Pass uvicorn's own messages, such as interrupted answers, to the proxy's log."""
     logger = logging.getLogger("uvicorn.error")
     logger.addHandler(logging.NullHandler())
     logger.propagate = False
 
 
-def _keep_pauses_short() -> None:
+def keep_pauses_short() -> None:
     """Let garbage collection skip what start-up made, and run less often.
 
     A full collection that visits all modules stops every request for a tenth of a second.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(_NEW_OBJECTS)
+    gc.set_threshold(*_COLLECTIONS)
 
 
 def serve(settings: ProxySettings, on_listening: Callable[[str], None] | None = None) -> None:
@@ -155,24 +166,33 @@ def serve(settings: ProxySettings, on_listening: Callable[[str], None] | None = 
         BadSettings: when it cannot be started with these settings.
         StoreError: when the cache cannot be opened.
     """
-    _silence_uvicorn()
+    silence_uvicorn()
     proxy = Proxy(settings)
     listener = listen(settings)
 
     def listening(url: str) -> None:
-        _keep_pauses_short()
+        keep_pauses_short()
         if on_listening is not None:
             on_listening(url)
 
-    logger, handler = logging.getLogger("cachepipe"), proxy.log.handler()
+    try:
+        with logged(proxy.log):
+            Server(proxy, listening).run(sockets=[listener])
+    finally:
+        listener.close()
+
+
+@contextlib.contextmanager
+def logged(log: RequestLog) -> Iterator[None]:
+    """Write what the library logs and warns of to the log of a proxy, within a context."""
+    logger, handler = logging.getLogger("cachepipe"), log.handler()
     logger.addHandler(handler)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = proxy.log.warned
-            Server(proxy, listening).run(sockets=[listener])
+            warnings.showwarning = log.warned
+            yield
     finally:
         logger.removeHandler(handler)
-        listener.close()
 
 
 @contextlib.contextmanager
@@ -189,7 +209,7 @@ def running(
         BadSettings: when it cannot be started with these settings.
         StoreError: when the cache cannot be opened.
     """
-    _silence_uvicorn()
+    silence_uvicorn()
     listening = threading.Event()
     failures: list[BaseException] = []
     server = Server(Proxy(settings, log), lambda _: listening.set())

@@ -192,6 +192,7 @@ class ProxySettings:
             the first one is written, and the others are read below it.
         host: the address to listen on.
         port: the port, 0 for any free one.
+        workers: the number of processes that answer requests.
         replay: answer from the cache only; write nothing and call no upstream.
         token: the token that clients must send; required on every address except loopback.
         namespace: the namespace of requests that name none.
@@ -220,6 +221,7 @@ class ProxySettings:
     cache: Any = field(default=None, repr=False)  # a URL may have credentials
     host: str = "127.0.0.1"
     port: int = 8080
+    workers: int = 1
     replay: bool = False
     token: str | None = field(default=None, repr=False)
     namespace: str | None = None
@@ -263,6 +265,8 @@ class ProxySettings:
         if not 0 <= self.port <= 65535:
             raise BadSettings(f"a port is a number from 0 to 65535; got {self.port}")
         self._check_values()
+        if self.workers > 1 and not hasattr(os, "fork"):
+            raise BadSettings("several workers need a system that can fork, such as Linux; use workers=1")
         _ = self.budget, self.given_prices
         return self
 
@@ -299,7 +303,7 @@ class ProxySettings:
             if getattr(self, name) not in choices:
                 wanted = " or ".join(map(repr, choices))
                 raise BadSettings(f"{name} is {wanted}; got {getattr(self, name)!r}")
-        for name in ("max_n", "max_answer", "max_body", "max_connections", "max_calls"):
+        for name in ("max_n", "max_answer", "max_body", "max_connections", "max_calls", "workers"):
             if getattr(self, name) < 1:
                 raise BadSettings(f"{name} is at least 1; got {getattr(self, name)}")
         for name in ("connect_timeout", "timeout", "client_timeout", "shutdown_timeout"):

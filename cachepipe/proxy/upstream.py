@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import io
 import urllib.request
 import zlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Final
 
 import aiohttp
 import httpx2
+from multidict import CIMultiDict
 from yarl import URL
 
 from cachepipe import jsontext, outages, wire
+from cachepipe.accounting import Usage, usage_of
 from cachepipe.contract.draws import Retried
-from cachepipe.errors import CachepipeError
+from cachepipe.errors import CachepipeError, NotStorable
 from cachepipe.providers.exchange import CacheView, Exchange
 from cachepipe.providers.generation import Kept, Made
 from cachepipe.providers.responses import BodySource, Received
@@ -83,13 +84,16 @@ class UpstreamResponse:
     def aiter_bytes(self) -> AsyncIterator[bytes]:
         """Iterate over the decoded body; if its encoding was not asked for, over the raw body."""
         raw = self.aiter_raw()
-        return raw if headers.is_encoded(self.pairs) else self._decoded(raw)
+        plain = "content-encoding" not in self.headers or headers.is_encoded(self.pairs)
+        return raw if plain else self._decoded(raw)
 
     async def aiter_raw(self) -> AsyncIterator[bytes]:
         """Iterate over the raw body."""
-        with _translated(*self._place):
+        try:
             async for chunk in self._response.content.iter_any():
                 yield chunk
+        except Exception as error:  # noqa: BLE001 - it is raised again
+            raise _translated(error, *self._place) from None
 
     async def _decoded(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         codings = [coding.strip().lower() for coding in self.headers.get("content-encoding", "").split(",")]
@@ -101,6 +105,14 @@ class UpstreamResponse:
 
     async def aread(self, most: int) -> bytes | BodySource:
         """Return the body and close the response; for a body of more than ``most`` bytes, return a source."""
+        size = self._response.content_length
+        if size is not None and size <= most and "content-encoding" not in self.headers:
+            try:
+                return await self._response.read()
+            except Exception as error:  # noqa: BLE001 - it is raised again
+                raise _translated(error, *self._place) from None
+            finally:
+                await self.aclose()
         chunks = self.aiter_bytes()
         begun: deque[bytes] = deque()
         size = 0
@@ -118,8 +130,13 @@ class UpstreamResponse:
 
     async def aclose(self) -> None:
         """Release the connection."""
-        self._release()
+        release, self._release = self._release, _nothing
+        release()
         self._response.release()
+
+
+def _nothing() -> None:
+    """Release nothing: it was released before."""
 
 
 class _UnreadBody(BodySource):
@@ -184,25 +201,29 @@ def _broken(place: tuple[str, str], error: BaseException) -> UpstreamUnreachable
     )
 
 
-@contextlib.contextmanager
-def _translated(upstream: str, url: str) -> Iterator[None]:
-    """Turn an error of the connection into one of ours, which contains no header."""
-    try:
-        yield
-    except TimeoutError as error:
+def _translated(error: BaseException, upstream: str, url: str) -> BaseException:
+    """Return an error of the connection as one of ours, which contains no header; return others unchanged."""
+    if isinstance(error, TimeoutError):
         outages.failed(error, url)
-        raise UpstreamTimeout(
+        return UpstreamTimeout(
             f"the upstream {upstream!r} at {outages.public_url(url)} took too long ({type(error).__name__}); "
             "try again, or raise --timeout"
-        ) from None
-    except (aiohttp.ClientError, OSError) as error:
+        )
+    if isinstance(error, aiohttp.ClientError | OSError):
         outages.failed(error, url)
-        raise _broken((upstream, url), error) from None
-    except ValueError:  # its message may contain a key
-        raise UpstreamUnreachable(
+        return _broken((upstream, url), error)
+    if isinstance(error, ValueError):  # its message may contain a key
+        return UpstreamUnreachable(
             f"a header of this request cannot be sent to the upstream {upstream!r} at "
             f"{outages.public_url(url)}"
-        ) from None
+        )
+    return error
+
+
+@functools.lru_cache(maxsize=256)
+def _sendable(pairs: tuple[tuple[bytes, bytes], ...]) -> CIMultiDict[str]:
+    """Return headers as the HTTP library takes them; most calls of a client have the same."""
+    return CIMultiDict([(name.decode("latin-1"), headers.text_of(value)) for name, value in pairs])
 
 
 def _in_pieces(content: Any) -> Any:
@@ -281,13 +302,13 @@ class UpstreamClient:
         await self._slots[name].acquire()
         self.calls[name] += 1
         self.in_flight[name] += 1
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._release, name)
-            with _translated(name, url):
-                response = await self._sent(method, url, pairs, content)
-            outages.reached(url)
-            release = stack.pop_all().close
-        answer = UpstreamResponse(response, name, url, release)
+        try:
+            response = await self._sent(method, url, pairs, content)
+        except BaseException as error:  # noqa: BLE001 - it is raised again
+            self._release(name)
+            raise _translated(error, name, url) from None
+        outages.reached(url)
+        answer = UpstreamResponse(response, name, url, functools.partial(self._release, name))
         if not 200 <= answer.status < 600:
             await answer.aclose()
             raise UpstreamUnreachable(
@@ -313,7 +334,7 @@ class UpstreamClient:
                 return await self._session().request(
                     method,
                     address,
-                    headers=[(name.decode("latin-1"), headers.text_of(value)) for name, value in pairs],
+                    headers=_sendable(tuple(pairs)),
                     data=_in_pieces(content) if upload is None else upload.chunks(),
                     proxy=_proxy_of(address.scheme, address.authority),
                     skip_auto_headers=_OWN_HEADERS,
@@ -356,7 +377,7 @@ class ProxyExchange(Exchange):
 
     Args:
         client: the connections.
-        spend: counts the samples of its calls: takes the namespace, samples and the URL.
+        spend: counts the samples of its calls: takes the namespace, their usages and the URL.
         view: the cache, and how it is used.
         head: the head of the request.
         body: its body.
@@ -368,7 +389,7 @@ class ProxyExchange(Exchange):
     def __init__(
         self,
         client: UpstreamClient,
-        spend: Callable[[str | None, Sequence[wire.Sample], str], None],
+        spend: Callable[[str | None, Sequence[Usage], str], None],
         view: CacheView,
         head: ParsedHead,
         body: ParsedBody,
@@ -404,8 +425,13 @@ class ProxyExchange(Exchange):
 
     def _packed(self, samples: Sequence[wire.Sample], made: Made) -> list[Kept]:
         """Count the samples of a call, and return them in the form in which they are stored."""
-        self._spend(self.claimant.namespace, samples, self.head.url)
-        return super()._packed(samples, made)
+        try:
+            kept = super()._packed(samples, made)
+        except NotStorable:
+            self._spend(self.claimant.namespace, [usage_of(sample) for sample in samples], self.head.url)
+            raise
+        self._spend(self.claimant.namespace, [each.usage for each in kept], self.head.url)
+        return kept
 
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Received:
         """Make a call with this request's own headers."""

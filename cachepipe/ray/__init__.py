@@ -35,5 +35,5 @@ _HOMES: Final = {
 
 __all__ = ["Pool", "RaySettings", "RequestError", "Rows", "Stage", "Summary", "ask", "summary"]
 
-
-__getattr__, __dir__ = lazy.names(__name__, _HOMES)
+if not TYPE_CHECKING:  # else type checkers would take any name for one of the package
+    __getattr__, __dir__ = lazy.names(__name__, _HOMES)

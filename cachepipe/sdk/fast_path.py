@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextvars
 import functools
 import inspect
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -163,7 +162,7 @@ def _begin(client: Any, shape: CallShape, given: Mapping[str, Any]) -> Any:
     ordered = kind.check_order(using.ordered_of(view.ordered))
     found = view.cache(mode).look(claimant, asked, body) if ordered is False else None
     if found is not None:
-        samples = list(itertools.chain.from_iterable(one.values for one in found))
+        samples = found[0].values if len(found) == 1 else [value for one in found for value in one.values]
         record = info.Record(questions, claimant, target.url, view.prices)
         made = _made(shape, body_from(api, asks[0], samples), samples[0].made_by, record)
         if made is not None:

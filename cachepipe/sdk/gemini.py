@@ -530,6 +530,40 @@ def viewing(client: Any, view: CacheView) -> Any:
     return twin
 
 
+class _AskedError(Exception):
+    """Carries the request that a client would have sent."""
+
+    def __init__(self, request: Any) -> None:
+        super().__init__()
+        self.request = request
+
+
+def request_of(**arguments: Any) -> Any:
+    """Return the request that ``models.generate_content`` would send, without sending it.
+
+    It has the attributes ``url``, ``headers`` and ``data``.
+
+    Args:
+        arguments: those of the method.
+
+    Raises:
+        ValueError: when the SDK refuses the arguments.
+    """
+
+    def keep(request: Any, *_: Any, **__: Any) -> None:
+        raise _AskedError(request)
+
+    client = _SDK(api_key=NO_KEY, vertexai=False)
+    internals.api_of(client)._request = keep  # noqa: SLF001 - where the SDK sends a request
+    try:
+        client.models.generate_content(**arguments)
+    except _AskedError as asked:
+        return asked.request
+    finally:
+        client.close()
+    raise AssertionError("the SDK has sent nothing")
+
+
 for _kind, _made in ((Gemini, _construct), (AsyncGemini, _construct_async)):
     _kind.__init__ = _made  # type: ignore[method-assign]  # it has the SDK's signature
     sign_constructor(_made, _SDK, _kind)

@@ -405,6 +405,38 @@ class HuggingFace(SyncCachedInference, huggingface_hub.InferenceClient):
         def __init__(self, model: str | None = None, **options: Unpack[_Options]) -> None: ...
 
 
+class _AskedError(Exception):
+    """Carries the request that a client would have sent."""
+
+    def __init__(self, request: Any) -> None:
+        super().__init__()
+        self.request = request
+
+
+class _Asking(huggingface_hub.InferenceClient):
+    def _inner_post(self, request_parameters: Any, *, stream: bool = False) -> Any:  # noqa: ARG002 - as in the SDK
+        raise _AskedError(request_parameters)
+
+
+def chat_request_of(**arguments: Any) -> Any:
+    """Return the request that ``chat_completion`` would send to the hub's router, without sending it.
+
+    It has the attributes ``url``, ``headers`` and ``json``.
+
+    Args:
+        arguments: those of the method, with a ``model``.
+
+    Raises:
+        TypeError: when the SDK takes no such argument.
+        ValueError: when it refuses one.
+    """
+    try:
+        _Asking(token=_ROUTED).chat_completion(**arguments)
+    except _AskedError as asked:
+        return dataclasses.replace(asked.request, json=plain(asked.request.json))
+    raise AssertionError("the SDK has sent nothing")
+
+
 for _kind, _sdk in (
     (AsyncHuggingFace, huggingface_hub.AsyncInferenceClient),
     (HuggingFace, huggingface_hub.InferenceClient),

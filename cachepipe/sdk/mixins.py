@@ -385,6 +385,8 @@ def _with_service(options: Mapping[str, Any], its: dict[str, Any]) -> dict[str, 
     given = {name: value for name, value in options.items() if value is not None}
     if "default_headers" in its:
         its["default_headers"] |= given.pop("default_headers", {})
+    if "azure_endpoint" in given:  # Azure's clients take one of the two
+        del its["base_url"]
     return {**its, **given}
 
 

@@ -136,10 +136,11 @@ class AsyncCacher(Stage):
 
         The request names who draws (see ``context.claimed``).
         """
-        self._check_open()
+        if self._closed:
+            self._check_open()
         cache = self._cache
         queue = cache.queue(loop)
-        line = cache.line(queue, self.ordered)
+        line = None if self.ordered is False else cache.line(queue, self.ordered)
         if line is None:
             return cache.begin(request, question, queue), None
         rests = line.rests()

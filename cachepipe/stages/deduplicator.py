@@ -17,7 +17,6 @@ from cachepipe.cache.cache import Stats, in_turn
 from cachepipe.cache.calls import Call, Caller, Demand, DirectDemand
 from cachepipe.cache.drawing import Drawing
 from cachepipe.contract import keys
-from cachepipe.contract.draws import label
 from cachepipe.contract.flags import Asker, Groups
 from cachepipe.errors import CacheMiss
 from cachepipe.gathering import Gathering
@@ -36,10 +35,16 @@ class _LoopState:
         self.loop = loop
         self.thread = get_ident()
         self.groups = Groups()
+        self.closing = False  # whether the groups are closed at the end of this turn
         self.handles = loops.own_handles(loop)
         self.served = 0
         self.caller = Caller(loop, model, _dropped)
         self.waiting: Gathering[DirectDemand] = Gathering(loop, self._start)
+
+    def close(self) -> None:
+        """Close the groups of this turn."""
+        self.closing = False
+        self.groups.clear()
 
     def _start(self, demands: list[DirectDemand]) -> None:
         self.caller.start([demand for demand in demands if demand.wanted])
@@ -143,16 +148,16 @@ class AsyncDeduplicator(Stage):
 
     def _flags(self, here: _LoopState, request: Request, question: keys.Question, asker: Asker) -> list[bool]:
         """Return the flags ``duplicated`` of a request; its group stays open for this turn or window."""
-        group, groups = (question.key, label(request.namespace)), here.groups
-        first = not groups
+        group, groups = (question.key, request.namespace), here.groups
         duplicated = groups.duplicated(group, asker, request.n)
         if self.window:
             if not duplicated[0]:
                 here.loop.call_later(self.window, groups.close, group)
-        elif first:
-            here.handles.call_soon(groups.clear)
-        if self._cacher is not None:
-            self._cacher.count_merged(sum(duplicated))
+        elif not here.closing:
+            here.closing = True
+            here.handles.call_soon(here.close)
+        if self._cacher is not None and (merged := sum(duplicated)):
+            self._cacher.count_merged(merged)
         return duplicated
 
     def _ask(self, request: Request) -> keys.Question:
@@ -173,7 +178,7 @@ class AsyncDeduplicator(Stage):
         """Return the request's part of the samples that are asked for its group."""
         question = self._ask(request)
         duplicated = self._flags(here, request, question, asker)
-        group = (question.key, label(request.namespace)) if question.mergeable else None
+        group = (question.key, request.namespace) if question.mergeable else None
         demand = DirectDemand(here.loop, request.asking(request.n), group)
         here.waiting.add(demand, window=self.window)
         values = await demand.result()

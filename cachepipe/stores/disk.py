@@ -220,17 +220,24 @@ class DiskStore(SqlStore):
                         f"the cache {self.folder} is damaged: SQLite says of {name}: {found}. Restore the "
                         "cache from a copy, or run `cachepipe verify` to see what can be used"
                     )
-        if self.durability != "full":
-            ledger.execute("BEGIN IMMEDIATE")
-            lost = recovery.relist(ledger, shelf, since)
-            ledger.execute("COMMIT")
-            if lost:
-                warn(
-                    f"the cache {self.folder} has lost {lost} samples: the machine stopped before they were "
-                    "on the disk. They are generated again when they are asked for. With durability='full' "
-                    "no sample is lost",
-                    LostSamples,
-                )
+        ledger.execute("BEGIN IMMEDIATE")
+        lost = 0 if self.durability == "full" else recovery.unlist(ledger, shelf, since)
+        unknown = recovery.relist(ledger, shelf)
+        ledger.execute("COMMIT")
+        if lost:
+            warn(
+                f"the cache {self.folder} has lost {lost} samples: the machine stopped before they were "
+                "on the disk. They are generated again when they are asked for. With durability='full' "
+                "no sample is lost",
+                LostSamples,
+            )
+        if unknown:
+            warn(
+                f"the cache {self.folder} held {unknown} samples of questions that its ledger does not know, "
+                "and they were removed: an import, merge or sync was killed, or the machine stopped. Repeat "
+                "what was killed",
+                LostSamples,
+            )
 
     def _check_no_samples(self, shelf: sqlite3.Connection) -> None:
         """Refuse to create a ledger beside samples of a lost ledger: all would be bought again."""

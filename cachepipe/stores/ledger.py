@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from cachepipe.accounting import RunSums
 from cachepipe.contract.allotment import Discarded, Segment
@@ -98,7 +99,7 @@ class KeyRows(ABC):
 
     @abstractmethod
     def makers(self, namespace: str) -> tuple[set[int], set[int]]:
-        """Return the leases that hold unfinished draws of a namespace, and those that made its draws."""
+        """Return the leases of claimants that hold parts of a namespace's draws, and those that made them."""
 
     @abstractmethod
     def withdraw(self, namespace: str) -> None:
@@ -255,8 +256,8 @@ class Ledger(ABC):
                 rows.insert(segment, generated)
 
     @abstractmethod
-    def put(self, samples: Sequence[tuple[str, Sample]]) -> bool:
-        """Store samples with their keys, durably; return False, and store none, if an index has one."""
+    def put(self, samples: Sequence[tuple[str, Sample]]) -> None:
+        """Store samples with their keys, durably, at indices that are not listed."""
 
     @abstractmethod
     def store(self, key: str, sample: Sample) -> bool:
@@ -277,6 +278,10 @@ class Ledger(ABC):
     @abstractmethod
     def delete(self, keys: Sequence[KeyRows]) -> list[bool]:
         """Delete all rows of keys that have no draws; return for each whether that was possible now."""
+
+    @abstractmethod
+    def removals(self) -> Iterable[dict[str, Any]]:
+        """Return the records of what is removed, in any order."""
 
     @abstractmethod
     def put_removal(self, name: str, document: bytes) -> None:

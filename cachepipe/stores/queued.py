@@ -22,7 +22,7 @@ from cachepipe.stores.base import (
     Result,
     Settle,
 )
-from cachepipe.stores.writer import Writer
+from cachepipe.stores.writer import Done, Writer
 
 _opened: weakref.WeakSet[Queued] = weakref.WeakSet()
 
@@ -69,8 +69,20 @@ class Queued:
 
     def _awaited(self, writer: Writer, operations: Sequence[Operation]) -> asyncio.Future[list[Any]]:
         """Queue operations on a thread; return what their results are awaited with."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[list[Any]] = loop.create_future()
+        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        try:
+            self._check()
+            writer.put(operations, self._settling(operations, future))
+        except StoreError as error:
+            future.set_exception(error)
+        return future
+
+    def _settling(self, operations: Sequence[Operation], future: asyncio.Future[list[Any]]) -> Done:
+        """Return what gives the results of operations to a future of a loop, in whatever thread it is called.
+
+        If nobody waits for them any more, claims are given back.
+        """
+        loop = future.get_loop()
 
         def settle(results: list[Any] | Exception) -> None:
             if future.done():
@@ -83,17 +95,15 @@ class Queued:
                 future.set_exception(error)
 
         def done(results: list[Any] | Exception) -> None:
+            if asyncio._get_running_loop() is loop:  # noqa: SLF001 - the documented one raises
+                settle(results)
+                return
             try:
                 loop.call_soon_threadsafe(settle, results)
             except RuntimeError:  # the loop was closed, so the caller is gone
                 self._undo(operations, results)
 
-        try:
-            self._check()
-            writer.put(operations, done)
-        except StoreError as error:
-            future.set_exception(error)
-        return future
+        return done
 
     def apply_and_wait(self, operations: Sequence[Operation]) -> list[Result]:
         """Apply the operations on the writer thread, and wait for it; for programs without an event loop.

@@ -155,17 +155,6 @@ class SqlReader:
         if self._closed:
             raise StoreError(f"the cache {self.identity} was closed; open it again")
 
-    def recall(self, draw: Draw, n: int) -> Grant | None:
-        """Return the first n samples of a draw whose samples are all stored, else None.
-
-        Raises:
-            StoreError: when the files cannot be read.
-        """
-        try:
-            return self._recall(draw, n)
-        except tables.UNREADABLE as error:
-            raise self._unreadable(error) from error
-
     @contextlib.contextmanager
     def _reading_rows(self) -> Iterator[None]:
         """Turn the errors of damaged rows into ours; in a generator, also those between two of its values."""
@@ -184,18 +173,31 @@ class SqlReader:
             "is damaged"
         )
 
-    def _recall(self, draw: Draw, n: int) -> Grant | None:
-        ledger, shelf = self._readable()
-        key = self._key_ids.get(draw.key)
-        namespace = self._namespace_ids.get(draw.namespace)
-        if key is None or namespace is None:
-            key, namespace = self._key_id(ledger, draw.key), self._namespace_id(ledger, draw.namespace)
+    def recall(self, draw: Draw, n: int) -> Grant | None:
+        """Return the first n samples of a draw whose samples are all stored, else None.
+
+        Raises:
+            StoreError: when the files cannot be read.
+        """
+        label, name, request_id, occurrence, replicate = draw
+        key, namespace = self._key_ids.get(name), self._namespace_ids.get(label)
+        try:
+            _, shelf = self._readable()
             if key is None or namespace is None:
-                return None
-        name = draw.key
-        place = (key, draw.request_id, draw.occurrence, draw.replicate, namespace)
-        rows = shelf.execute(tables.RECALL, (name + "/", *place)).fetchall()
-        if len(rows) == n == 1 and type(index := rows[0][2]) is int:
+                values: tuple[Any, ...] = (name + "/", name, request_id, occurrence, replicate, label)
+                rows = shelf.execute(tables.RECALL_BY_NAME, values).fetchall()
+                if not rows:
+                    return None
+                key, namespace = rows[0][:2]
+                _intern(self._key_ids, name, key)
+                _intern(self._namespace_ids, label, namespace)
+                rows = [row[2:] for row in rows if row[2] is not None]
+            else:
+                values = (name + "/", key, request_id, occurrence, replicate, namespace)
+                rows = shelf.execute(tables.RECALL, values).fetchall()
+            if len(rows) != 1 or n != 1 or type(index := rows[0][2]) is not int:
+                place = (key, request_id, occurrence, replicate, namespace)
+                return self._recall_several(draw, place, rows, n) if rows else None
             number, position, _, lease, stamp, digest, noted, mode, filename, value = rows[0]
             if value is None and mode is None:
                 return None
@@ -204,8 +206,11 @@ class SqlReader:
             if type(sample) is not Sample:
                 return None
             shared = lease != self._ledger.own_lease and self._shared({lease})
-            return Grant([index], [sample], shared=shared, place=tables.read_place(noted))
-        return self._recall_several(draw, place, rows, n) if rows else None
+            return Grant(
+                [index], [sample], shared=shared, place=None if noted is None else tables.read_place(noted)
+            )
+        except tables.UNREADABLE as error:
+            raise self._unreadable(error) from error
 
     def _recall_several(self, draw: Draw, place: tuple[Any, ...], rows: list[Any], n: int) -> Grant | None:
         ledger, shelf = self._readable()
@@ -272,7 +277,8 @@ class SqlReader:
         ledger, shelf = self._readable()
         found: list[Foreseen] = []
         for draw, n, ahead in wanted:
-            grant = None if refresh else self._recall(draw, n)
+            # Not the subclass's: it may take the lock that is held here.
+            grant = None if refresh else SqlReader.recall(self, draw, n)
             if grant is not None:
                 found.append(Foreseen([sample for sample in grant.samples if sample is not None], 0, []))
                 continue
@@ -640,10 +646,16 @@ def _interned(ids: dict[str, int], ledger: sqlite3.Connection, query: str, text:
         row = ledger.execute(query, (text,)).fetchone()
         if row is None:
             return None
-        if len(ids) >= _IDS:
-            ids.clear()
-        identifier = ids[text] = int(row[0])
+        identifier = int(row[0])
+        _intern(ids, text, identifier)
     return identifier
+
+
+def _intern(ids: dict[str, int], text: str, identifier: int) -> None:
+    """Remember an id; forget the others when there are too many."""
+    if len(ids) >= _IDS:
+        ids.clear()
+    ids[text] = identifier
 
 
 class _DrawView(DrawView):

@@ -9,11 +9,8 @@ from cachepipe.stores.sets import LargeSet
 from cachepipe.stores.tables import LISTED
 
 
-def relist(ledger: sqlite3.Connection, shelf: sqlite3.Connection, since: int) -> int:
-    """Make the list of samples agree with the samples, for rows written since a checkpoint.
-
-    When a machine stops, either file may lose its last rows. A listed sample that is lost is removed from the
-    list, so that it is generated again; a stored sample that is not listed is listed again.
+def unlist(ledger: sqlite3.Connection, shelf: sqlite3.Connection, since: int) -> int:
+    """Remove listed samples that a machine lost when it stopped, so that they are generated again.
 
     Args:
         ledger: a connection to the ledger, in a transaction that writes.
@@ -36,16 +33,40 @@ def relist(ledger: sqlite3.Connection, shelf: sqlite3.Connection, since: int) ->
                 if found is None:
                     listed.remove(index)
                     lost += 1
+    return lost
+
+
+def relist(ledger: sqlite3.Connection, shelf: sqlite3.Connection) -> int:
+    """List the samples since the last checkpoint that are stored and not listed.
+
+    The process that stored them was killed before it wrote the ledger, or the machine lost the ledger's last
+    rows. Samples of questions that the ledger does not know are deleted, because nobody could find them.
+
+    Args:
+        ledger: a connection to the ledger, in a transaction that writes.
+        shelf: a connection to the samples.
+
+    Returns:
+        How many samples were deleted.
+    """
+    strays: list[tuple[str]] = []
     for name, mode, filename, value in _latest(ledger, shelf):
         key_name, _, number = str(name).rpartition("/")
+        if not number.isdecimal():
+            continue
         known = ledger.execute("SELECT id FROM keys WHERE key = ?", (key_name,)).fetchone()
-        if known is None or not number.isdecimal():
+        if known is None:
+            strays.append((name,))
             continue
         listed = LargeSet(ledger, (LISTED, ""), (known[0], key_name))
         row = (mode, filename, value)
         if int(number) not in listed and not tables.is_discarded(key_name, int(number), row):
             listed.add(int(number))  # also a damaged one: it is an error for those who need it
-    return lost
+    if strays:
+        shelf.execute("BEGIN IMMEDIATE")
+        shelf.executemany("DELETE FROM Cache WHERE key = ? AND raw = 1", strays)
+        shelf.execute("COMMIT")
+    return len(strays)
 
 
 def _pending(ledger: sqlite3.Connection, key: int, index: int) -> bool:

@@ -33,14 +33,16 @@ class SmallSet(IntervalSet):
         rows: Sequence[tuple[int, int, bytes]],
         changed: dict[tuple[int, int], SmallSet],
     ) -> None:
-        for row in rows:
-            tables.check_interval(label, key, *row)
         self._place = place
         self.label = label
         self.key = key
-        self.written: list[Interval] = [row[:2] for row in rows] if rows else []
         self._changed = changed
-        super().__init__(self.written)
+        self._starts, self._stops = [], []
+        for start, stop, digest in rows:
+            tables.check_interval(label, key, start, stop, digest)
+            self._starts.append(start)
+            self._stops.append(stop)
+        self.written: list[Interval] = self.intervals() if rows else []
 
     def add(self, index: int) -> None:
         """Put an index into the set."""

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from cachepipe import forks
 from cachepipe.errors import StoreError
 from cachepipe.stores import identity, tables
-from cachepipe.stores.base import Operation, Result
+from cachepipe.stores.base import Adopt, Operation, Result
 from cachepipe.stores.queued import Queued
 from cachepipe.stores.reading import SqlReader
 from cachepipe.stores.tables import locked
@@ -133,7 +133,6 @@ class SqlStore(SqlReader, Queued):
 
     def apply_now(self, operations: Sequence[Operation]) -> list[Result] | None:
         """Apply the operations in one transaction; return None at once if that would have to wait."""
-        self._check()
         if self._writer.busy or not self._lock.acquire(blocking=False):
             return None
         try:
@@ -159,17 +158,10 @@ class SqlStore(SqlReader, Queued):
         """Apply the operations; the caller holds the lock."""
         ledger, shelf = self._writable()
         try:
-            ledger.execute("BEGIN IMMEDIATE")
-            try:
-                results = self._ledger.run(ledger, shelf, operations)
-                ledger.execute("COMMIT")
-            except BaseException:
-                if shelf.in_transaction:
-                    shelf.execute("ROLLBACK")
-                if ledger.in_transaction:
-                    ledger.execute("ROLLBACK")
-                self._ledger.forget()
-                raise
+            if self._ledger.own_lease is None and any(isinstance(each, Adopt) for each in operations):
+                # If a kill leaves samples that the ledger does not know, this lease tells so.
+                self._perform(ledger, shelf, (), leased=True)
+            results = self._perform(ledger, shelf, operations)
         except sqlite3.OperationalError as error:
             if locked(error):
                 raise Locked from error
@@ -179,6 +171,30 @@ class SqlStore(SqlReader, Queued):
         except OSError as error:
             raise StoreError(f"the cache {self.identity} could not be written: {error}") from error
         self._rows += len(operations)
+        return results
+
+    def _perform(
+        self,
+        ledger: sqlite3.Connection,
+        shelf: sqlite3.Connection,
+        operations: Sequence[Operation],
+        *,
+        leased: bool = False,
+    ) -> list[Result]:
+        """Perform operations in one transaction, or none of them; also begin a lease if ``leased``."""
+        ledger.execute("BEGIN IMMEDIATE")
+        try:
+            results = self._ledger.run(ledger, shelf, operations)
+            if leased:
+                self._ledger.lease()
+            ledger.execute("COMMIT")
+        except BaseException:
+            if shelf.in_transaction:
+                shelf.execute("ROLLBACK")
+            if ledger.in_transaction:
+                ledger.execute("ROLLBACK")
+            self._ledger.forget()
+            raise
         return results
 
     def tidy(self) -> None:

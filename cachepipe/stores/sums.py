@@ -304,6 +304,19 @@ def run_statements(store: Store) -> list[RunStatement]:
     return sorted(found.values(), key=lambda run: run.first or 0.0)
 
 
+def wasted_by(store: Store, run: str) -> Account:
+    """Return what a run has spent on samples that no namespace holds; this reads every sample.
+
+    Raises:
+        DamagedCache: when the sums are not what was written.
+    """
+    wasted = Account()
+    for each in run_statements(store):
+        if each.run == run:
+            wasted.join(each.statement.accounts()["wasted"])
+    return wasted
+
+
 class SpentRows(NamedTuple):
     """What the rows of a namespace have cost.
 

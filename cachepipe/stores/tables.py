@@ -141,10 +141,18 @@ SETS = (
     f" ORDER BY t.stop LIMIT 1 OFFSET {SMALL}), 9223372036854775807) ORDER BY s.key, s.stop"
 )
 ONE_SET = (
-    "SELECT owner, start, stop, digest FROM intervals WHERE key = ?1 AND owner = ?2 ORDER BY stop"
-    f" LIMIT {SMALL + 1}"
+    f"SELECT start, stop, digest FROM intervals WHERE key = ?1 AND owner = ?2 ORDER BY stop LIMIT {SMALL + 1}"
 )
-TWO_SETS = f"SELECT * FROM ({ONE_SET}) UNION ALL SELECT * FROM ({ONE_SET.replace('?2', '?3')})"
+_SET_LIKE_DRAW = (
+    "SELECT owner, NULL, start, stop, NULL, NULL, NULL, NULL, digest, NULL FROM intervals"
+    f" WHERE key = ?1 AND owner = {{}} ORDER BY stop LIMIT {SMALL + 1}"
+)
+DRAW_AND_SETS = (
+    f"SELECT * FROM ({DRAW} LIMIT {FEW + 1})"
+    f" UNION ALL SELECT * FROM ({_SET_LIKE_DRAW.format('?5')})"
+    f" UNION ALL SELECT * FROM ({_SET_LIKE_DRAW.format(LISTED)})"
+)
+"""The segments of a draw, and the sets that its claim needs; the rows of sets have no number."""
 INTERVAL_AT = (
     "SELECT start, stop, digest FROM intervals WHERE owner = ? AND key = ? AND stop > ? ORDER BY stop LIMIT 1"
 )
@@ -165,12 +173,22 @@ ADD_SUMS = (
 # A statement on both, on a reader's connection to the samples, which has the ledger attached. SQLite begins
 # to read the samples first: so a draw that the ledger holds, with a sample that is there, was complete then.
 
+_RECALLED = (
+    "s.number, s.position, s.indices, s.lease, s.stamp, s.digest, s.place, c.mode, c.filename, c.value FROM"
+)
+_SAMPLE_OF_SEGMENT = " LEFT JOIN main.Cache c ON c.key = ?1 || s.indices AND c.raw = 1"
 RECALL = (
-    "SELECT s.number, s.position, s.indices, s.lease, s.stamp, s.digest, s.place, c.mode, c.filename, c.value"
-    " FROM ledger.segments s LEFT JOIN main.Cache c ON c.key = ?1 || s.indices AND c.raw = 1"
+    f"SELECT {_RECALLED} ledger.segments s{_SAMPLE_OF_SEGMENT}"
     " WHERE s.key = ?2 AND s.request_id = ?3 AND s.occurrence = ?4 AND s.replicate = ?5 AND s.namespace = ?6"
     " ORDER BY s.number"
 )
+RECALL_BY_NAME = (
+    f"SELECT k.id, n.id, {_RECALLED} ledger.keys k CROSS JOIN ledger.namespaces n"
+    " LEFT JOIN ledger.segments s ON s.key = k.id AND s.request_id = ?3 AND s.occurrence = ?4"
+    f" AND s.replicate = ?5 AND s.namespace = n.id{_SAMPLE_OF_SEGMENT}"
+    " WHERE k.key = ?2 AND n.label = ?6 ORDER BY s.number"
+)
+"""Like ``RECALL``, for a key and a namespace whose numbers are not known yet; it returns these too."""
 ALL_SAMPLES = (
     "SELECT k.id, k.key, k.scope, c.key, c.mode, c.filename, c.value FROM ledger.keys k"
     " CROSS JOIN main.Cache c INDEXED BY Cache_key_raw ON c.raw = 1"
@@ -201,7 +219,7 @@ SAMPLES = (
     "SELECT j.value, c.mode, c.filename, c.value FROM json_each(?) j"
     " CROSS JOIN Cache c ON c.key = j.value AND c.raw = 1"
 )
-PUT_DISCARDED = PUT.replace(
+PUT_ANYWAY = PUT.replace(
     "DO NOTHING", f"DO UPDATE SET mode = {RAW}, filename = NULL, value = excluded.value, expire_time = NULL"
 )
 
@@ -209,7 +227,8 @@ _INSERTED = 100  # rows that one statement inserts
 _VALUES = re.compile(r"VALUES(\([^()]*\))")
 
 _LIVE = b"+"
-_GONE = b"-"
+GONE = b"-"
+"""The first byte of a sample's row that is discarded or deleted."""
 _BODY = 17  # bytes of a sample's row before its header: its state, and the digest
 _HEADER = b'{"id":"'
 
@@ -327,8 +346,9 @@ def segments_of(draw: Draw, rows: Iterable[SegmentRow | tuple[Any, ...]]) -> lis
     segments = []
     for _, number, position, indices, lease, token, stamp, standing, digest, written in rows:
         check_segment(draw, number, position, indices, stamp, digest, written)
+        held = [indices] if type(indices) is int else unpack(indices)
         place = None if written is None else read_place(written)
-        segments.append(Segment(number, position, unpack(indices), lease, token, stamp, standing, place))
+        segments.append(Segment(number, position, held, lease, token, stamp, standing, place))
     return segments
 
 
@@ -454,14 +474,14 @@ def sample_row(name: str, sample: Sample) -> bytes:
 
 def discarded_row(name: str, row: bytes = b"") -> bytes:
     """Return the row of a sample that is discarded from now on; it keeps what the row before it held."""
-    return b"%b%b%b" % (_GONE, _sample_digest(name, _GONE, row[_BODY:]), row[_BODY:])
+    return b"%b%b%b" % (GONE, _sample_digest(name, GONE, row[_BODY:]), row[_BODY:])
 
 
 def erased_row(name: str, row: bytes) -> bytes:
     """Return the row of a sample that is deleted from now on; it keeps the header of the row before it."""
     body = row[_BODY:]
     kept = body[: body.find(b"\n") + 1] if body.startswith(_HEADER) else b""
-    return b"%b%b%b" % (_GONE, _sample_digest(name, _GONE, kept), kept)
+    return b"%b%b%b" % (GONE, _sample_digest(name, GONE, kept), kept)
 
 
 def read_sample(shelf: sqlite3.Connection, key: str, index: int) -> Sample | Discarded | None:
@@ -483,7 +503,7 @@ def parse_sample(key: str, index: int, mode: Any, filename: Any, value: Any) -> 
         DamagedCache: when the row is not what was written there.
     """
     state, body = _checked(key, index, mode, filename, value)
-    if state == _GONE:
+    if state == GONE:
         return DISCARDED
     end = body.find(b"\n")
     identifier = body[7 : body.find(b'"', 7)]
@@ -493,7 +513,7 @@ def parse_sample(key: str, index: int, mode: Any, filename: Any, value: Any) -> 
 def header_of(key: str, index: int, mode: Any, filename: Any, value: Any) -> tuple[bytes, bool]:
     """Return the header in a row as ``parse_sample`` reads it, and whether the sample was discarded."""
     state, body = _checked(key, index, mode, filename, value)
-    return body[: body.find(b"\n")], state == _GONE
+    return body[: body.find(b"\n")], state == GONE
 
 
 def parts_of(key: str, index: int, mode: Any, filename: Any, value: Any) -> tuple[bytes, bytes, bool]:
@@ -503,7 +523,7 @@ def parts_of(key: str, index: int, mode: Any, filename: Any, value: Any) -> tupl
     """
     state, body = _checked(key, index, mode, filename, value)
     header, _, payload = body.partition(b"\n")
-    return (header, payload, state == _GONE) if header.startswith(_HEADER) else (b"", b"", state == _GONE)
+    return (header, payload, state == GONE) if header.startswith(_HEADER) else (b"", b"", state == GONE)
 
 
 def _checked(key: str, index: int, mode: Any, filename: Any, value: Any) -> tuple[bytes, bytes]:

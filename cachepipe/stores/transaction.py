@@ -2,7 +2,8 @@
 
 Small sets of indices stay in memory while no other connection writes (SQLite's ``data_version`` shows it),
 and new rows are gathered and written at the end, many per statement. So a thousand draws claimed at once cost
-a few statements, and a lone draw of a known key costs three. Reading ahead changes no decision.
+a few statements, and a lone draw of a known key costs three reads and two inserts. Reading ahead changes no
+decision.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ class SqlLedger(Ledger):
                 for key, *row in self.ledger.execute(tables.SETS, (owner, orjson.dumps([*rows]).decode())):
                     rows[key].append(tuple(row))
                 for key, found in rows.items():
-                    self._remember(owner, key, names[key], found)
+                    self._remember(owner, key, names[key], found, self.label(owner))
 
     def _read_samples_ahead(self, claims: Sequence[Claim]) -> None:
         """Read the samples that claims will probably get: their own, the coupled, or the first free."""
@@ -237,6 +238,36 @@ class SqlLedger(Ledger):
         """Return the rows of a statement on segments."""
         return list(map(SegmentRow._make, self.ledger.execute(query, values)))
 
+    def read_draw(self, where: tuple[int, str, int, str, int], name: str, whose: str) -> list[SegmentRow]:
+        """Return the first rows of a draw, over all namespaces; read the sets that its claim needs with them.
+
+        Args:
+            where: the place of the draw, and its namespace.
+            name: its key.
+            whose: the label of the namespace.
+        """
+        key, namespace, sets = where[0], where[4], self._sets
+        if (namespace, key) in sets:
+            return self.read(f"{tables.DRAW} LIMIT {FEW + 1}", where[:4])
+        rows: list[SegmentRow] = []
+        found: dict[int, list[tuple[int, int, bytes]]] = {namespace: [], LISTED: []}
+        for row in self.ledger.execute(tables.DRAW_AND_SETS, where):
+            if row[1] is None:
+                found[row[0]].append((row[2], row[3], row[8]))
+            else:
+                rows.append(SegmentRow._make(row))
+        for (owner, intervals), label in zip(found.items(), (whose, ""), strict=True):
+            if (owner, key) not in sets:
+                self._remember(owner, key, name, intervals, label)
+        return rows
+
+    def saw(self, row: SegmentRow) -> None:
+        """Continue after the stamp of a row."""
+        try:
+            self.greatest_stamp = max(self.greatest_stamp, row.stamp)
+        except TypeError as error:
+            raise tables.damaged_row("a stamp that is not a number") from error
+
     def first(self, place: Place) -> int | None:
         """Return the earliest namespace of a draw that has many rows, and note it.
 
@@ -273,15 +304,19 @@ class SqlLedger(Ledger):
         self.ledger.execute("RELEASE commits")
         return stored
 
-    def _put(self, samples: Sequence[tuple[str, Sample]]) -> bool:
-        """Write rows to the samples file, durably; return True if all of them were new."""
+    def _put(self, samples: Sequence[tuple[str, Sample]], *, anyway: bool = False) -> bool:
+        """Write rows to the samples file, durably.
+
+        Returns:
+            Whether they were written: if not all of them are new, only ``anyway``.
+        """
         self.seen.clear()
         self.shelf.execute("BEGIN IMMEDIATE")
         rows = []
         for key, sample in samples:
             name = f"{key}/{sample.index}"
             rows.append((name, self.now, self.now, tables.sample_row(name, sample)))
-        put = tables.insert(self.shelf, tables.PUT, rows)
+        put = tables.insert(self.shelf, tables.PUT_ANYWAY if anyway else tables.PUT, rows)
         if put != len(samples):
             self.shelf.execute("ROLLBACK")
             return False
@@ -289,10 +324,13 @@ class SqlLedger(Ledger):
         self.written_sample = name
         return True
 
-    def put(self, samples: Sequence[tuple[str, Sample]]) -> bool:
-        """Store samples with their keys, durably; return False, and store none, if an index has one."""
+    def put(self, samples: Sequence[tuple[str, Sample]]) -> None:
+        """Store samples with their keys, durably, at indices that are free.
+
+        What is stored there is not listed: a process that was killed has left it.
+        """
         self._check_files(deleted=True)
-        return self._put(samples)
+        self._put(samples, anyway=True)
 
     # What is removed.
 
@@ -308,7 +346,7 @@ class SqlLedger(Ledger):
             name = f"{rows.name}/{index}"
             row = self.shelf.execute(tables.GET_DAMAGED, (name,)).fetchone()
             gone = tables.erased_row(name, b"" if row is None else row[2] or b"")
-            self.shelf.execute(tables.PUT_DISCARDED, (name, self.now, self.now, gone))
+            self.shelf.execute(tables.PUT_ANYWAY, (name, self.now, self.now, gone))
             discarded = (self.known(rows.name), index, self.now, why)
             self.ledger.execute("INSERT OR IGNORE INTO discards VALUES(?, ?, ?, ?)", discarded)
         self.shelf.execute("COMMIT")
@@ -365,6 +403,11 @@ class SqlLedger(Ledger):
         self._written.pop(name, None)
         for place in [place for place in self._sets if place[1] == number]:
             del self._sets[place]
+
+    def removals(self) -> list[dict[str, Any]]:
+        """Return the records of what is removed."""
+        found = self.ledger.execute("SELECT id, document, digest FROM removals").fetchall()
+        return [tables.read_sums(orjson.loads, name, tables.REMOVAL, *row) for name, *row in found]
 
     def put_removal(self, name: str, document: bytes) -> None:
         """Write the record of what is removed, by its id."""
@@ -448,14 +491,8 @@ class SqlLedger(Ledger):
         place = (owner, key)
         sets = self._sets
         if place not in sets:
-            # The listed set is usually needed together with a namespace's set.
-            wanted = [owner] if owner == LISTED or (LISTED, key) in sets else [owner, LISTED]
-            found: dict[int, list[tuple[int, int, bytes]]] = {each: [] for each in wanted}
-            query = tables.TWO_SETS if len(wanted) > 1 else tables.ONE_SET
-            for each, start, stop, digest in self.ledger.execute(query, (key, *wanted)):
-                found[each].append((start, stop, digest))
-            for each, rows in found.items():
-                self._remember(each, key, name, rows)
+            rows = self.ledger.execute(tables.ONE_SET, (key, owner)).fetchall()
+            self._remember(owner, key, name, rows, self.label(owner))
         known = sets[place]
         if known is None:
             return LargeSet(self.ledger, (owner, self.label(owner)), (key, name))
@@ -465,9 +502,10 @@ class SqlLedger(Ledger):
         """Forget a set whose rows were deleted."""
         self._sets.pop((owner, key), None)
 
-    def _remember(self, owner: int, key: int, name: str, rows: list[tuple[int, int, bytes]]) -> None:
+    def _remember(
+        self, owner: int, key: int, name: str, rows: list[tuple[int, int, bytes]], label: str
+    ) -> None:
         place, small = (owner, key), len(rows) <= SMALL
-        label = self.label(owner)
         self._sets[place] = SmallSet(place, label, name, rows, self._changed) if small else None
 
     # What is gathered, and written many rows to a statement.
@@ -488,10 +526,11 @@ class SqlLedger(Ledger):
         gone: list[tuple[int, int, int]] = []
         new: list[tuple[int, int, int, int, bytes]] = []
         for place, known in self._changed.items():
-            intervals = list(known)
-            old, added = changes(known.written, intervals) if known.written else ([], intervals)
+            intervals = added = known.intervals()
+            if known.written:
+                old, added = changes(known.written, intervals)
+                gone += [(*place, stop) for _, stop in old]
             known.written = intervals
-            gone += [(*place, stop) for _, stop in old]
             for start, stop in added:
                 digest = tables.interval_digest(known.label, known.key, start, stop)
                 new.append((*place, stop, start, digest))
@@ -680,7 +719,7 @@ class _Key(KeyRows):
         if not tables.is_discarded(self.name, index, row):
             self._in.seen.clear()
             gone = tables.discarded_row(name, b"" if row is None else row[2] or b"")
-            self._in.shelf.execute(tables.PUT_DISCARDED, (name, now, now, gone))
+            self._in.shelf.execute(tables.PUT_ANYWAY, (name, now, now, gone))
         self._execute("INSERT OR IGNORE INTO discards VALUES(?, ?, ?, ?)", self.number, index, now, why)
 
     def drawn(self) -> IntervalSet:
@@ -696,14 +735,11 @@ class _Key(KeyRows):
 
     def makers(self, namespace: str) -> tuple[set[int], set[int]]:
         place = (self.number, self._in.namespace(namespace))
-        query = "SELECT lease, token, standing, indices FROM segments WHERE key = ? AND namespace = ?"
+        query = "SELECT DISTINCT lease, token IS NOT NULL FROM segments WHERE key = ? AND namespace = ?"
         found = self._execute(query, *place).fetchall()
         query = "SELECT DISTINCT lease FROM holders WHERE key = ? AND namespace = ?"
         holders = {lease for (lease,) in self._execute(query, *place)}
-        for lease, token, standing, indices in found:
-            if token is not None and standing < len(unpack(indices)):
-                holders.add(lease)
-        return holders, {row[0] for row in found}
+        return holders.union(lease for lease, holds in found if holds), {lease for lease, _ in found}
 
     def withdraw(self, namespace: str) -> None:
         number = self._in.namespace(namespace)
@@ -747,13 +783,13 @@ class _Draw(_Key, DrawRows):
         self._draw = draw
         place = (number, draw.request_id, draw.occurrence, draw.replicate)
         self._where = where = (*place, namespace)
-        self.taken = ledger.set_of(namespace, number, draw.key)  # this reads the list too
-        self.listed = ledger.set_of(LISTED, number, draw.key)
         if place in ledger.touched:
             ledger.flush()
         rows = ledger.found.get(place)
         if rows is None:
-            rows = ledger.read(f"{tables.DRAW} LIMIT {FEW + 1}", place)
+            rows = ledger.read_draw(where, draw.key, draw.namespace)
+        self.taken = ledger.set_of(namespace, number, draw.key)
+        self.listed = ledger.set_of(LISTED, number, draw.key)
         few = len(rows) <= FEW
         if not few:
             rows = ledger.read(tables.OWN_AND_FIRST, where)
@@ -774,13 +810,15 @@ class _Draw(_Key, DrawRows):
                 rows = ledger.read(tables.OWN, (*where[:4], first))
         if rows:
             shared = ledger.namespace(SHARED)
-            rows = [row for row in rows if row.namespace != shared]
+            if len(rows) > 1 or rows[0].namespace == shared:
+                rows = [row for row in rows if row.namespace != shared]
         if not rows:
             return ()
-        earliest = tables.earliest(rows)
-        ledger.greatest_stamp = max(ledger.greatest_stamp, earliest.stamp)
-        draw = self._draw._replace(namespace=ledger.label(earliest.namespace))
-        return tables.segments_of(draw, [row for row in rows if row.namespace == earliest.namespace])
+        earliest = rows[0] if len(rows) == 1 else tables.earliest(rows)
+        if len(rows) > 1:
+            rows = [row for row in rows if row.namespace == earliest.namespace]
+        ledger.saw(earliest)
+        return tables.segments_of(Draw(ledger.label(earliest.namespace), *self._draw[1:]), rows)
 
     def add(self, segment: Segment, generated: int) -> None:
         ledger, place = self._in, self._where[:4]

@@ -632,7 +632,8 @@ class _Check:
         report.discards = [
             sample
             for sample in discards
-            if self._on_record(sample)
+            if (sample not in recent or self._is_listed(sample))
+            and self._on_record(sample)
             != tables.is_discarded(
                 *sample, self._shelf.execute(tables.GET, (f"{sample.key}/{sample.index}",)).fetchone()
             )

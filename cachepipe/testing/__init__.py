@@ -52,14 +52,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Return the double of that name, importing its module."""
-    if name not in _HOMES:
-        raise AttributeError(f"cachepipe.testing has no {name!r}; it has {', '.join(_HOMES)}.")
-    module, original = _HOMES[name]
-    value = getattr(import_module(f"{__name__}.{module}"), original)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # else type checkers would take any name for one of the package
+
+    def __getattr__(name: str) -> Any:
+        """Return the double of that name, importing its module."""
+        if name not in _HOMES:
+            raise AttributeError(f"cachepipe.testing has no {name!r}; it has {', '.join(_HOMES)}.")
+        module, original = _HOMES[name]
+        value = getattr(import_module(f"{__name__}.{module}"), original)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -7,6 +7,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from cachepipe.stores.remote.engine import (
     CHANGES,
@@ -25,6 +26,7 @@ from cachepipe.stores.remote.engine import (
     Swap,
     Unreachable,
 )
+from cachepipe.stores.tables import GONE
 
 
 class MemoryEngine:
@@ -105,7 +107,7 @@ class MemoryEngine:
                 return None
             return self._read(read)
 
-    def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
+    def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | Rows | None]:
         """Perform each swap whose expected rows are current."""
         self._called()
         if self.before_swap is not None:
@@ -116,17 +118,19 @@ class MemoryEngine:
             self.after_swap(swaps)
         return results
 
-    def _swap(self, swap: Swap, who: int) -> Conflict | None:
+    def _swap(self, swap: Swap, who: int) -> Conflict | Rows | None:
         there, now = self.rows.setdefault(swap.key, {}), self._clock()
+        wanted = {name: there[name] for name in swap.wants if name in there} if swap.wants else None
         nonce, until = self._receipts.get((swap.key, who), (b"", 0.0))
         if nonce == swap.nonce and now < until:
-            return None
+            return wanted
         holder, until = self._turns.get(swap.key, (who, 0.0))
         reserved = swap.fair and now < until and holder != who
         current = {name: there[name] for name in swap.expected if name in there}
         changed = any(
             current.get(name, b"")[:DIGEST] != (digest or b"") for name, digest in swap.expected.items()
         )
+        changed = changed or any(there.get(name, GONE).startswith(GONE) for name in swap.wants)
         if swap.whole is not None:
             changed = changed or swap.whole != sum(not name.startswith((SAMPLE, PENDING)) for name in there)
         if reserved or changed:
@@ -141,7 +145,11 @@ class MemoryEngine:
             self._turns.pop(swap.key, None)
         for listener in list(self._listeners) if swap.wakes else ():
             listener(swap.key)
-        return None
+        return wanted
+
+    def swap_soon(self, swaps: Sequence[Swap], who: int, then: Callable[[Any], object]) -> bool:  # noqa: ARG002 - see below
+        """Return False: it is swapped in a thread."""
+        return False
 
     def announce(self, keys: Sequence[str]) -> list[int]:
         """Announce a change of each key; return their numbers."""
@@ -214,9 +222,14 @@ class MemoryEngine:
             self._receipts.clear()
             self._turns.clear()
 
-    def rows_of(self, key: str) -> Rows:
-        """Return all rows of a key but the samples."""
-        return dict(self.scan(key)).get(key, {})
+    def rows_of(self, keys: Sequence[str]) -> list[Rows]:
+        """Return all rows of each key but the samples."""
+        self._called()
+        with self._lock:
+            return [
+                {name: row for name, row in self.rows.get(key, {}).items() if not name.startswith(SAMPLE)}
+                for key in keys
+            ]
 
     def samples_of(self, key: str) -> list[bytes]:
         """Return the fields of all samples of a key."""
@@ -227,6 +240,7 @@ class MemoryEngine:
     def scan(self, prefix: str, fields: Sequence[bytes] = ()) -> Iterator[tuple[str, Rows]]:
         """Iterate over the keys with a prefix, without the samples."""
         self._called()
+        kinds = tuple(name for name in fields if name.endswith(b"/"))
         with self._lock:
             found = [
                 (
@@ -234,7 +248,11 @@ class MemoryEngine:
                     {
                         name: row
                         for name, row in there.items()
-                        if (name in fields if fields else not name.startswith(SAMPLE))
+                        if (
+                            name in fields or name.startswith(kinds)
+                            if fields
+                            else not name.startswith(SAMPLE)
+                        )
                     },
                 )
                 for key, there in self.rows.items()

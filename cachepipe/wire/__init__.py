@@ -41,7 +41,7 @@ from cachepipe.wire.inference import FEATURE_EXTRACTION, GENERATE_TEXT, TEXT_GEN
 from cachepipe.wire.messages import MESSAGES
 from cachepipe.wire.responses import RESPONSES
 from cachepipe.wire.sse import EventReader, StreamEvent, StreamRecorder, pieces
-from cachepipe.wire.usage import model_in, token_counts, usage_in
+from cachepipe.wire.usage import model_in, reported_cost, token_counts, usage_in
 
 __all__ = [
     "ANSWER_HEADERS",
@@ -79,6 +79,7 @@ __all__ = [
     "named_scope",
     "pieces",
     "question_document",
+    "reported_cost",
     "scope_of",
     "token_counts",
     "usage_in",

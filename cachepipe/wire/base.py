@@ -3,7 +3,8 @@
 A sample is an answer: exactly the JSON object that the provider would have sent to a call for this sample
 alone. So a sample that is served alone is served byte for byte, and every surface that can read an answer can
 read a sample. The samples of one call share its prompt, which was billed once. Therefore all but the first
-begin with a mark of cachepipe, which `Api.answer` and `Api.answer_bytes` remove.
+begin with a mark of cachepipe, which `Api.answer` and `Api.answer_bytes` remove. A mark also says in which
+pieces a sample of Gemini's was streamed.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ Sample = dict[str, Any]
 """One sample: the answer to a call for this sample alone, perhaps with the mark in front."""
 
 MARK = "cachepipe"
-"""The first name of a sample whose prompt was billed with another sample of the same call."""
+"""The first name of a sample that has a mark."""
 
-_MARKED = {"prompt": "shared"}
-_MARKED_BYTES = b'{"cachepipe":{"prompt":"shared"},'
+_SHARED = {"prompt": "shared"}
+"""The mark of a sample whose prompt was billed with another sample of the same call."""
+_MARKED_BYTES = re.compile(rb'\{"cachepipe":\{(?:"(?:pieces":[][,0-9nul]*|prompt":"shared"),?){0,2}\},')
 
 TRANSPORT_VERSION = 2
 """The version of the lists of transport fields. A change of the lists changes the key format."""
@@ -196,6 +198,15 @@ _MOST_ITEMS = 10_000
 _MOST_COPIED = 16 << 20
 """The largest number of characters that the questions of one list may repeat, in total."""
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
+_ONE_API = MappingProxyType(
+    {
+        # Together's SDK sends chats to the first host, and all else to the second one. Older versions of it
+        # send everything to api.together.xyz, which is also the host that tables of prices know.
+        "api-inference.together.ai": "api.together.xyz",
+        "api.together.ai": "api.together.xyz",
+    }
+)
+"""Hosts of one API that a provider has under several names, with the name that stands in keys."""
 
 
 class Ask(NamedTuple):
@@ -583,7 +594,18 @@ def text_of(value: Any) -> str:
 
 def marked(sample: Sample) -> Sample:
     """Return a sample with the mark: its prompt was billed with another sample."""
-    return {MARK: _MARKED, **sample}
+    return with_mark(sample, _SHARED)
+
+
+def with_mark(sample: Sample, mark: Mapping[str, Any]) -> Sample:
+    """Return a sample whose mark holds these facts too."""
+    return {MARK: {**mark_of(sample), **mark}, **unmarked(sample)}
+
+
+def mark_of(sample: Body) -> Mapping[str, Any]:
+    """Return the mark of a sample; it is empty if there is none."""
+    mark = sample.get(MARK)
+    return mark if isinstance(mark, Mapping) else {}
 
 
 def unmarked(sample: Sample) -> Sample:
@@ -595,7 +617,8 @@ def unmarked(sample: Sample) -> Sample:
 
 def unmarked_bytes(sample: bytes) -> bytes:
     """Return the JSON of a sample as the provider would have written it."""
-    return b"{" + sample[len(_MARKED_BYTES) :] if sample.startswith(_MARKED_BYTES) else sample
+    mark = _MARKED_BYTES.match(sample)
+    return sample if mark is None else b"{" + sample[mark.end() :]
 
 
 def by_question(samples: Sequence[Sample], questions: int, n: int) -> list[Sequence[Sample]]:
@@ -621,7 +644,7 @@ def by_question(samples: Sequence[Sample], questions: int, n: int) -> list[Seque
 
 def bills_prompt(sample: Body) -> bool:
     """Return True if the prompt of a sample's call was billed with this sample."""
-    return MARK not in sample
+    return "prompt" not in mark_of(sample)
 
 
 def question_document(
@@ -656,6 +679,8 @@ SECRETS: Final = {
 
 def _without_secrets(question: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a question in which digests replace credentials."""
+    if SECRETS.keys().isdisjoint(question):
+        return question
     changed = {
         field: [_item_without_secrets(item, names) for item in items]
         for field, names in SECRETS.items()
@@ -693,9 +718,9 @@ def scope_of(url: str) -> str:
 
     A URL of a replay's proxy stands for that of the provider. Scheme and host are in lower case. The default
     port, the fragment, repeated and trailing slashes, user name and password, and query parameters with
-    credentials (``api-key``, ``sig`` …) are left out. The rest of the query is unchanged. Methods of Gemini's
-    and routes of Hugging Face's servers that ask the same have one URL, without the parameters that decide
-    how an answer is written.
+    credentials (``api-key``, ``sig`` …) are left out. The rest of the query is unchanged. If a provider has
+    one API on several hosts, they have one URL. So have methods of Gemini's and routes of Hugging Face's
+    servers that ask the same, without the parameters that decide how an answer is written.
 
     Raises:
         BadRequest: when the URL is not absolute.
@@ -716,6 +741,7 @@ def scope_of(url: str) -> str:
         .removesuffix(f":{_DEFAULT_PORTS.get(scheme)}")
         .removesuffix(":")
     )
+    host = _ONE_API.get(host, host)
     path = re.sub("/{2,}", "/", parts.path).rstrip("/")
     left_out = _SECRET_PARAMETERS
     start, _, method = path.rpartition(":")

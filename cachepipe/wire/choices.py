@@ -29,9 +29,11 @@ from cachepipe.wire.base import (
 from cachepipe.wire.errors import BadAnswer, MixedAnswer
 from cachepipe.wire.sse import (
     DONE,
+    IDENTITIES,
     Kind,
     ServerEvent,
     StreamRecorder,
+    TextTemplate,
     data_event,
     extend,
     merge,
@@ -49,6 +51,8 @@ Lane = tuple[Callable[[Any], Any], str | list[Any]]
 _CONTENTS = frozenset({"delta", "message", "text"})
 """The fields of a streamed choice with its content, or with a copy, such as Perplexity's ``message``."""
 _NOT_COPIED = _CONTENTS | {"index"}
+_GROWING = frozenset({"content", "reasoning", "reasoning_content", "refusal", "text"})
+"""The fields of a delta to which further texts are appended."""
 _IN_EVERY_CHUNK = frozenset({"id", "object", "created", "model", "system_fingerprint", "service_tier"})
 _GROQ = "x_groq"
 """Groq's own field: the id of a request, and the usage of a stream in its last chunk with a choice."""
@@ -242,6 +246,16 @@ class _ChoicesRecorder(StreamRecorder):
         self._usages: dict[int, dict[str, Any]] = {}  # in choices, as Moonshot sends them
         self._choices: dict[int, dict[str, Any]] = {}
         self._elsewhere: set[int] = set()  # choices with content in another field than that of deltas
+        self._template: TextTemplate | None = None
+
+    def _continues(self, event: ServerEvent) -> bool:
+        """Read an event that equals the one before it except for its text."""
+        template, self._template = self._template, None
+        if template is None or event.name or not template.take(event.data):
+            return False
+        self._template = template
+        self.started = True
+        return True
 
     def _take(self, event: ServerEvent) -> Kind:
         if event.data.startswith(b"[DONE]"):
@@ -261,7 +275,20 @@ class _ChoicesRecorder(StreamRecorder):
             self._add(part)
         self._add_head(chunk)
         self._usage = usage or self._usage
+        if len(choices) == 1 and not usage and groq is None:
+            self._template = self._template_of(event.data, choices[0])
         return _without_usage(chunk) if usage and not choices else ""
+
+    def _template_of(self, data: bytes, part: dict[str, Any]) -> TextTemplate | None:
+        """Return the template of a chunk that adds nothing but a text, however often it comes."""
+        api = self._api
+        delta = api.delta_of(part)
+        rest = part.keys() - _NOT_COPIED
+        names = [name for name, value in delta.items() if value is not None and name not in IDENTITIES]
+        if len(names) != 1 or names[0] not in _GROWING or any(part[name] not in (None, "") for name in rest):
+            return None
+        [name] = names
+        return TextTemplate.of(data, name, self._choices[part.get("index") or 0][api.content].get(name))
 
     def _add_head(self, chunk: Mapping[str, Any]) -> None:
         """Read the fields of a chunk beside its choices and usage."""

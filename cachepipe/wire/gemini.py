@@ -8,7 +8,6 @@ the other APIs: ``streamGenerateContent`` is the same question as ``generateCont
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import unquote
@@ -23,11 +22,13 @@ from cachepipe.wire.base import (
     Body,
     Sample,
     load,
+    mark_of,
     marked,
     objects,
     text_of,
     unmarked,
     wanted,
+    with_mark,
 )
 from cachepipe.wire.errors import BadAnswer, BadRequest, MixedAnswer
 from cachepipe.wire.sse import (
@@ -167,6 +168,14 @@ class _ContentRecorder(StreamRecorder):
         ended = ["finishReason" in candidate.fields for candidate in self._candidates.values()]
         return bool(ended) and all(ended)
 
+    def _conclude(self) -> Kind:
+        samples = self._finish(self._whole())
+        pieces = [candidate.pieces for _, candidate in sorted(self._candidates.items())]
+        self._samples = [
+            with_mark(sample, {"pieces": each}) for sample, each in zip(samples, pieces, strict=True)
+        ]
+        return "terminal"
+
     def _take(self, event: ServerEvent) -> Kind:
         chunk = read_object(event)
         for candidate in objects(chunk.pop("candidates", None)):
@@ -189,10 +198,13 @@ class _Candidate:
 
     Attributes:
         fields: its fields, apart from its content.
+        pieces: of each piece the number of each part and the length of its text, one after the other. The
+            length of a part that is no text, and a piece without content, are None.
     """
 
     def __init__(self) -> None:
         self.fields: dict[str, Any] = {}
+        self.pieces: list[list[int | None] | None] = []
         self._content: dict[str, Any] | None = None
         self._parts: list[tuple[dict[str, Any], list[str]]] = []
 
@@ -203,23 +215,29 @@ class _Candidate:
                 self.fields[name] = _grown(self.fields.get(name), value)
         content = piece.get("content")
         if content is None:
+            self.pieces.append(None)
             return False
         parts = content.get("parts") or ()
         others = {name: value for name, value in content.items() if name != "parts"}
         self._content = {**(self._content or {}), **others}
+        taken: list[int | None] = []
         for part in parts:
-            self._add_part(part)
+            length = self._add_part(part)
+            taken += [len(self._parts) - 1, length]
+        self.pieces.append(taken)
         return bool(parts)
 
-    def _add_part(self, part: dict[str, Any]) -> None:
-        if not (part.keys() <= _MERGED and isinstance(part.get("text"), str)):
+    def _add_part(self, part: dict[str, Any]) -> int | None:
+        """Add a part to the last one if both are text; return the length of its text."""
+        if not _is_plain_text(part):
             self._parts.append((part, []))
-            return
+            return None
         last, texts = self._parts[-1] if self._parts else ({}, [])
         if texts and last.get("thought") == part.get("thought"):
             texts.append(part["text"])
         else:
             self._parts.append((part, [part["text"]]))
+        return len(part["text"])
 
     def whole(self) -> dict[str, Any]:
         """Return the candidate."""
@@ -277,9 +295,6 @@ class GenerateContentApi(_PathApi):
                 question[name] = rest
             else:  # the SDK writes an empty one where nothing is set
                 del question[name]
-        contents = question.get("contents")
-        if isinstance(contents, list | tuple):
-            question["contents"] = _with_whole_texts(contents)
         reason = self._reason(body)
         stream = bool(transport.get("stream"))
         return (
@@ -351,12 +366,18 @@ class GenerateContentApi(_PathApi):
     def stream(self, samples: Sequence[Sample], ask: Ask) -> Iterator[bytes]:
         """Return the events of a stream with these samples, or its array; see `Api.stream`.
 
-        Adjacent texts of a sample become one when the stream is recorded.
+        A sample that was streamed has the pieces that it had then, because chats keep the pieces and send
+        them in their next request. Any other has a word in each, and its adjacent texts become one when the
+        stream is recorded.
         """
         whole = self.answer(samples, ask)
         usage = whole.pop("usageMetadata", None)
         candidates = whole.pop("candidates")
-        chunks = [{"candidates": [piece]} for candidate in candidates for piece in _pieces_of(candidate)]
+        chunks = [
+            {"candidates": [piece]}
+            for candidate, sample in zip(candidates, samples, strict=True)
+            for piece in _pieces_of(candidate, mark_of(sample).get("pieces"))
+        ]
         begun = _usage_of_prompt(usage)
         array = ask.transport.get("stream") == "json"
         for number, chunk in enumerate(chunks, start=1):
@@ -380,32 +401,6 @@ class GenerateContentApi(_PathApi):
             elif isinstance(call, Mapping):
                 texts.append(f"{call.get('name')}({jsontext.dumps(call.get('args') or {}).decode()})")
         return "".join(texts), candidate.get("finishReason")
-
-
-def _with_whole_texts(contents: Sequence[Any]) -> list[Any]:
-    """Return contents in which what the model said in pieces is whole.
-
-    Chats keep each chunk of a stream as a content of its own and send them in their next request. A replayed
-    stream has other chunks, so consecutive contents of the model count as one, as in recorded streams.
-    """
-    whole: list[Any] = []
-    for is_said, group in itertools.groupby(contents, _is_said):
-        if not is_said:
-            whole.extend(group)
-            continue
-        candidate = _Candidate()
-        for content in group:
-            candidate.add({"content": content})
-        whole.append(candidate.whole()["content"])
-    return whole
-
-
-def _is_said(content: Any) -> bool:
-    """Return True for a content of the model with nothing but a list of parts."""
-    if not isinstance(content, Mapping) or content.keys() != {"role", "parts"}:
-        return False
-    parts = content["parts"]
-    return content["role"] == "model" and isinstance(parts, list) and objects(parts) == parts
 
 
 def _nothing(body: Mapping[str, Any]) -> str:
@@ -455,27 +450,74 @@ def _usage_of_prompt(usage: Any) -> dict[str, Any]:
     return {**begun, "totalTokenCount": usage["promptTokenCount"]} if "promptTokenCount" in usage else begun
 
 
-def _pieces_of(candidate: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the pieces of a candidate: a word or a part each, and its other fields with the last one."""
+def _pieces_of(candidate: Mapping[str, Any], recorded: Any) -> Iterator[dict[str, Any]]:
+    """Yield the pieces of a candidate; its other fields come with the last one.
+
+    Args:
+        candidate: the candidate.
+        recorded: in which pieces it came, as `_Candidate.pieces` has it; anything else is ignored.
+    """
     content, index = candidate.get("content"), {"index": candidate.get("index") or 0}
     rest = {name: value for name, value in candidate.items() if name not in ("content", "index")}
     if not isinstance(content, Mapping):
         yield {**rest, **index}
         return
     others = {name: value for name, value in content.items() if name != "parts"}
-    parts = [
-        {**part, "text": piece} if piece is not None else part
-        for part in objects(content.get("parts"))
+    parts = objects(content.get("parts"))
+    told = _as_recorded(parts, recorded) or [[part] for part in _in_words(parts)] or [[]]
+    contents = [
+        {} if piece is None else {"content": {**({"parts": piece} if piece else {}), **others}}
+        for piece in told
+    ]
+    for each in contents[:-1]:
+        yield {**each, **index}
+    yield {**contents[-1], **rest, **index}
+
+
+def _in_words(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return parts with one of their words in each."""
+    return [
+        part if piece is None else {**part, "text": piece}
+        for part in parts
         for piece in (pieces(part["text"]) or [""] if _is_plain_text(part) else [None])
     ]
-    for part in parts[:-1]:
-        yield {"content": {"parts": [part], **others}, **index}
-    last = {"parts": parts[-1:]} if parts else {}
-    yield {"content": {**last, **others}, **rest, **index}
+
+
+def _as_recorded(parts: Sequence[dict[str, Any]], recorded: Any) -> list[list[dict[str, Any]] | None] | None:
+    """Return the parts of each piece as they were recorded, or None if they are not these parts."""
+    if not isinstance(recorded, list):
+        return None
+    told: list[list[dict[str, Any]] | None] = []
+    place, begun = -1, 0  # how many parts have begun, and how much of the last one has come
+    for piece in recorded:
+        if piece is None:
+            told.append(None)
+            continue
+        if not isinstance(piece, list) or len(piece) % 2:
+            return None
+        own = []
+        for number, length in zip(piece[::2], piece[1::2], strict=True):
+            if number == place + 1 and begun == _length(parts, place):
+                place, begun = number, 0
+            part = parts[number] if number == place < len(parts) else {}
+            if length is None:
+                own.append(part)
+            elif type(length) is int and length >= 0 and _is_plain_text(part):
+                own.append({**part, "text": part["text"][begun : begun + length]})
+                begun += length
+            else:
+                return None
+        told.append(own)
+    return told if place == len(parts) - 1 and begun == _length(parts, place) else None
+
+
+def _length(parts: Sequence[Mapping[str, Any]], place: int) -> int:
+    """Return the length of the text of a part; 0 if there is none."""
+    return len(parts[place]["text"]) if place >= 0 and _is_plain_text(parts[place]) else 0
 
 
 def _is_plain_text(part: Mapping[str, Any]) -> bool:
-    return part.keys() <= _MERGED and isinstance(part.get("text"), str)
+    return bool(part) and part.keys() <= _MERGED and isinstance(part.get("text"), str)
 
 
 class EmbedContentApi(_PathApi):

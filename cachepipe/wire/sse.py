@@ -8,11 +8,14 @@ terminal event back until the sample is stored, and leave out usage that its cli
 
 from __future__ import annotations
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import orjson
 
 from cachepipe import jsontext
 from cachepipe.wire.errors import BadAnswer
@@ -20,10 +23,13 @@ from cachepipe.wire.errors import BadAnswer
 DONE = b"data: [DONE]\n\n"
 """The terminal event of OpenAI's chat and completions."""
 
-_IDENTITIES = frozenset({"role", "id", "type", "format"})
+IDENTITIES = frozenset({"role", "id", "type", "format"})
 """The strings that deltas repeat and do not extend; OpenRouter repeats the format of reasoning."""
 _PIECE = re.compile(r"\S+\s*|\s+")
 _BOM = b"\xef\xbb\xbf"
+_RANDOM = re.compile(rb'"obfuscation": ?("[A-Za-z0-9]*"\})\Z')
+"""The end of an event of OpenAI whose length is hidden by random letters."""
+_RANDOM_END = re.compile(rb'"[A-Za-z0-9]*"\}')
 
 
 class ServerEvent(NamedTuple):
@@ -51,6 +57,10 @@ class EventReader:
 
     def feed(self, chunk: bytes) -> list[ServerEvent]:
         """Return the events that end within this chunk."""
+        if chunk.startswith(b"data: ") and chunk.endswith(b"\n\n") and not self._holds:
+            events = self._plain(chunk)
+            if events is not None:
+                return events
         if self._after_return and chunk:
             self._after_return = False
             if chunk.startswith(b"\n"):
@@ -67,6 +77,21 @@ class EventReader:
         if not chunk.endswith((b"\n", b"\r")):
             self._partial.append(lines.pop())
         return [event for line in lines if (event := self._line(line)) is not None]
+
+    @property
+    def _holds(self) -> bool:
+        """Whether an event has begun."""
+        return bool(self._partial or self._raw or self._after_return)
+
+    def _plain(self, chunk: bytes) -> list[ServerEvent] | None:
+        """Return the events of a chunk of whole events with one line of data each; None for other chunks."""
+        parts = chunk[:-2].split(b"\n\n")
+        if b"\r" in chunk or chunk.count(b"\n") != 2 * len(parts):
+            return None
+        if len(parts) > 1 and not all(part.startswith(b"data: ") for part in parts):
+            return None
+        self._fresh = False
+        return [ServerEvent(part + b"\n\n", "", part[6:]) for part in parts]
 
     def close(self) -> list[ServerEvent]:
         """Return the rest at the end of the stream as an event, although its blank line is missing."""
@@ -213,9 +238,11 @@ class StreamRecorder(ABC):
         return self._samples
 
     def _record(self, event: ServerEvent) -> StreamEvent:
-        self.done = self.done or event.data.startswith(b"[DONE]")
-        self.ended = self.ended or self.done
-        if not event.data or self.complete or self.error is not None:
+        if event.data.startswith(b"[DONE]"):
+            self.done = self.ended = True
+        if not event.data or self._samples is not None or self.error is not None:
+            return StreamEvent(event.raw)
+        if self._continues(event):
             return StreamEvent(event.raw)
         kind = self._attempt(partial(self._take, event), event.data)
         if kind == "terminal":
@@ -237,6 +264,10 @@ class StreamRecorder(ABC):
     def _conclude(self) -> Kind:
         self._samples = self._finish(self._whole())
         return "terminal"
+
+    def _continues(self, event: ServerEvent) -> bool:  # noqa: ARG002 - some recorders know such events
+        """Read an event if it equals the one before it except for its text; return False for other events."""
+        return False
 
     @abstractmethod
     def _take(self, event: ServerEvent) -> Kind:
@@ -288,6 +319,68 @@ class _Text:
         self.parts = [part]
 
 
+class TextTemplate:
+    """The bytes of an event around its text, so that events which differ only in the text need no parsing.
+
+    Args:
+        before: the bytes before the text.
+        after: the bytes after the text.
+        parts: the text so far, to which further parts are appended.
+    """
+
+    __slots__ = ("_after", "_before", "_parts", "_random")
+
+    def __init__(self, before: bytes, after: bytes, parts: list[str]) -> None:
+        found = _RANDOM.search(after)
+        self._random = found is not None
+        self._before = before
+        self._after = after if found is None else after[: found.start(1)]
+        self._parts = parts
+
+    @classmethod
+    def of(cls, data: bytes, name: str, text: Any) -> Self | None:
+        """Return the template of an event; None if the place of the text in it is not certain.
+
+        Args:
+            data: the data of the event.
+            name: the field with the text.
+            text: what the text has become so far, with the part of this event as the last one.
+        """
+        field = b'"%b":' % name.encode()
+        if not isinstance(text, _Text) or data.count(field) != 1:
+            return None
+        start = data.index(field) + len(field)
+        start += data[start : start + 1] == b" "
+        part = text.parts[-1]
+        for written in (json.dumps(part, ensure_ascii=False), json.dumps(part)):
+            literal = written.encode(errors="surrogatepass")
+            if data.startswith(literal, start):
+                return cls(data[:start], data[start + len(literal) :], text.parts)
+        return None
+
+    def take(self, data: bytes) -> bool:
+        """Append the text of an event if it equals the first one otherwise, and the text is not empty."""
+        after, start = self._after, len(self._before)
+        if not data.startswith(self._before):
+            return False
+        if self._random:
+            end = data.rfind(after)
+            if end < start or not _RANDOM_END.fullmatch(data, end + len(after)):
+                return False
+        elif data.endswith(after):
+            end = len(data) - len(after)
+        else:
+            return False
+        try:
+            text = orjson.loads(data[start:end])
+        except ValueError:
+            return False
+        if type(text) is not str or not text:
+            return False
+        self._parts.append(text)
+        return True
+
+
 def merge(into: dict[str, Any], delta: dict[str, Any]) -> dict[str, Any]:
     """Merge a delta into the earlier ones and return them; `settled` converts the result to plain values.
 
@@ -304,7 +397,7 @@ def merge(into: dict[str, Any], delta: dict[str, Any]) -> dict[str, Any]:
             before = None  # an empty string announces content of any kind
         if value is None:
             into.setdefault(name, None)
-        elif name in _IDENTITIES and isinstance(value, str):
+        elif name in IDENTITIES and isinstance(value, str):
             into[name] = value or before or value
         elif isinstance(value, str):
             into[name] = _appended(name, before, value)

@@ -15,6 +15,8 @@ from typing import Any
 _OF_SAMPLE = ("completion", "output", "candidates", "thoughts")
 _COSTS = frozenset({"cost", "cost_details", "cost_in_usd_ticks", "estimated_cost"})
 """What a call has cost, as OpenRouter, Perplexity, xAI and DeepInfra report it."""
+_MOST_NANOS = 10**15
+"""A million dollars for one sample cannot be right."""
 OF_QUESTION = ("prompt", "input", "cachedContent", "cacheTokens", "toolUse")
 """The beginnings of the names of counts that belong to the question."""
 _TOTALS = {
@@ -26,6 +28,21 @@ COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens",
 """The names of the counts, for all providers."""
 
 Usage = Mapping[str, Any]
+
+
+def reported_cost(usage: Any) -> int | None:
+    """Return what a provider says that a call has cost, in billionths of a US dollar; None if it does not.
+
+    OpenRouter and DeepInfra report US dollars, Perplexity a ``total_cost`` in them, xAI ten billionths.
+    """
+    if not isinstance(usage, Mapping):
+        return None
+    cost = usage.get("cost", usage.get("estimated_cost"))
+    if isinstance(cost, Mapping):
+        cost = cost.get("total_cost")
+    ticks = usage.get("cost_in_usd_ticks")
+    nanos: float = cost * 1e9 if _is_number(cost) else ticks / 10 if ticks and _is_number(ticks) else -1
+    return round(nanos) if 0 <= nanos < _MOST_NANOS else None
 
 
 def usage_in(answer: Mapping[str, Any]) -> Any:
@@ -180,7 +197,7 @@ def token_counts(usage: Any) -> dict[str, int | None]:
     Gemini's counts of the prompt and the candidates include neither the results of its tools nor thoughts;
     ``prompt_tokens`` and ``completion_tokens`` here do.
     """
-    if not isinstance(usage, Mapping):
+    if type(usage) is not dict and not isinstance(usage, Mapping):
         return dict.fromkeys(COUNTS)
     if "promptTokenCount" in usage or "totalTokenCount" in usage:
         return _of_gemini(usage)
@@ -215,7 +232,7 @@ def _of_gemini(usage: Usage) -> dict[str, int | None]:
 def _first(parts: Sequence[Any], *names: str) -> int | None:
     """Return the first integer with one of these names in those parts of a usage that are mappings."""
     for part in parts:
-        for name in names if isinstance(part, Mapping) else ():
+        for name in names if type(part) is dict or isinstance(part, Mapping) else ():
             value = part.get(name)
             if isinstance(value, int):
                 return value

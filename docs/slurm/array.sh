@@ -11,6 +11,7 @@ first=$((SLURM_ARRAY_TASK_ID == SLURM_ARRAY_TASK_MIN))
 program='' owner='' disk='' restored=''
 
 own() {
+    local new
     owner=$shared/owner # a link that names the array which owns the cache
     ln -sT "$SLURM_ARRAY_JOB_ID" "$owner" 2>/dev/null || [ "$(readlink "$owner")" = "$SLURM_ARRAY_JOB_ID" ] || {
         echo "array $(readlink "$owner") owns $shared. If it does not run any more: rm $owner" >&2
@@ -20,7 +21,14 @@ own() {
     rm -f "$job"/{url,ended}
     disk=$(mktemp -d)
     mkdir "$disk/cache"
-    [ ! -d "$shared/cache" ] || cp -R "$shared/cache/." "$disk/cache"
+    if [ -d "$shared/cache" ]; then
+        if [ ! -L "$shared/cache" ]; then # a cache from elsewhere; save replaces links only
+            new=$(mktemp -d "$shared/cache-XXXXXX")
+            mv -T "$shared/cache" "$new"
+            ln -sT "$(basename "$new")" "$shared/cache"
+        fi
+        cp -R "$shared/cache/." "$disk/cache"
+    fi
     restored=1
     start
 }

@@ -241,6 +241,21 @@ def test_draws_of_requests_that_are_under_way_are_not_removed(cache):
             forget(caller.store, "one")
 
 
+def test_draws_whose_caller_has_not_received_them_are_not_removed(cache):
+    """Another caller of the same draw has received the samples; the first one has yet to."""
+    with calling(cache) as caller:
+        asked, store = question(), caller.store
+        draw = Draw(label("one"), asked.key, "", 0)
+        [first] = store.apply_now([Claim(draw, 1, asked, "first")])
+        [second] = store.apply_now([Claim(draw, 1, asked, "second")])
+        store.apply_now([Commit(asked.key, 0, b'"answer"', {})])
+        store.apply_now([ReleaseHold(draw, "second", second.held, complete=True, n=1)])
+        with pytest.raises(StoreError, match="end it"):
+            forget(store, "one")
+        store.apply_and_wait([ReleaseHold(draw, "first", first.held, complete=True, n=1)])
+        assert forget(store, "one").draws == 1
+
+
 def test_a_sample_that_is_drawn_meanwhile_stays(folder):
     forget(folder, "one")
     key = question().key
@@ -282,7 +297,7 @@ def test_a_stopped_removal_is_recorded_and_leaves_the_cache_whole(folder, monkey
     monkeypatch.setattr(Queued, "apply_and_wait", stopped)
     with pytest.raises(KeyboardInterrupt):
         forget(folder, "one", samples=True)
-    assert asked == ["RecordRemoval", "Withdraw", "Erase"]
+    assert asked == ["RecordRemoval", "Withdraw", "Erase", "RecordRemoval"]
     monkeypatch.undo()
     assert verified(folder).whole
     with reading(folder) as store:
@@ -456,7 +471,7 @@ def test_a_damaged_record_is_found(folder):
     if isinstance(folder, str):
         with contextlib.closing(open_store(folder)[0]) as store:
             engine, key = store.session.engine, "~removals"
-            [(name, row)] = engine.rows_of(key).items()
+            [(name, row)] = engine.rows_of([key])[0].items()
             engine.swap([Swap(key, b"damage", puts={name: row[:-1] + b" "})], 1)
     else:
         with contextlib.closing(sqlite3.connect(folder / "ledger.cache.db")) as ledger, ledger:

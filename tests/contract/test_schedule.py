@@ -10,6 +10,7 @@ import subprocess
 import sys
 from typing import NamedTuple
 
+import forked
 import pytest
 
 from cachepipe import AsyncCacher, Batch, CacheMiss, LocalAPI, MemoryStore, OnlineAPI, Request, loops, run
@@ -487,7 +488,7 @@ asyncio.run(main())
 def worker(folder):
     """Another process that is generating a sample, until it is told to go on."""
     command = [sys.executable, "-c", WORKER, str(folder)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return forked.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 async def test_a_sample_of_another_process_that_is_noticed_late_makes_the_rerun_exact(tmp_path, monkeypatch):

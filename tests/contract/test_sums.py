@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
+import forked
 import pytest
+from sellers import COMPLETION, PROMPT, Seller
 
 import cachepipe
-from cachepipe import Budget, BudgetExceeded, DiskStore, NotStored, OnlineAPI, Prices, Request, Response
-from cachepipe.accounting import noted
+from cachepipe import Budget, BudgetExceeded, DiskStore, NotStored, OnlineAPI, Prices, Request
 from cachepipe.contract.draws import label
 from cachepipe.flow.budget import Spending
 from cachepipe.sharing import export, import_, merge, sync
@@ -21,48 +23,8 @@ from cachepipe.stores import sums
 from cachepipe.stores.base import Discard, Note
 from cachepipe.stores.sums import run_statements, statements
 from cachepipe.testing import FaultyStore
-from cachepipe.values import Codec
 
 pytestmark = pytest.mark.anyio
-
-PROMPT, COMPLETION = 10, 3
-
-
-class Seller:
-    """A model whose samples tell what they have used: 10 tokens of prompt a call, 3 of completion each."""
-
-    cache_scope = "https://seller.example/v1/chat/completions"
-    max_n = 8
-
-    def __init__(self, gate=None, extra=0, storable=True, error=None):
-        self.calls = 0
-        self.gate = gate
-        self.arrived = asyncio.Event()
-        self.extra = extra
-        self.storable = storable
-        self.error = error
-
-    async def request(self, request):
-        self.calls += 1
-        self.arrived.set()
-        if self.gate is not None:
-            await self.gate.wait()
-        if self.error is not None:
-            raise self.error
-        return Response([self.sample(place) for place in range(request.n + self.extra)])
-
-    def sample(self, place):
-        total = PROMPT + COMPLETION
-        usage = {"prompt_tokens": PROMPT, "completion_tokens": COMPLETION, "total_tokens": total}
-        return {"model": "m-1", "usage": usage, "call": self.calls, "place": place}
-
-    def pack(self, sample):
-        if not self.storable:
-            raise TypeError("not storable")
-        note = noted(sample)
-        if sample["place"]:
-            note["sold"]["first"] = False
-        return Codec().encode(sample), note
 
 
 def figures(store, namespace=None):
@@ -310,7 +272,8 @@ async def test_c6_many_deliveries_are_summed_while_they_go_on(store, monkeypatch
 
 SCRIPT = """
 import asyncio, sys
-from tests.contract.test_sums import Seller
+sys.path.append(sys.argv[3])
+from sellers import Seller
 from cachepipe import OnlineAPI, Request
 
 async def main():
@@ -326,9 +289,8 @@ asyncio.run(main())
 
 
 def began(folder, how):
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder), how], stdout=subprocess.PIPE, text=True
-    )
+    words = [str(folder), how, str(Path(__file__).parents[1])]
+    return forked.Popen([sys.executable, "-c", SCRIPT, *words], stdout=subprocess.PIPE, text=True)
 
 
 async def test_c6_a_kill_loses_nothing_of_what_was_spent(tmp_path):

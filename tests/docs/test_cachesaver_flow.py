@@ -2,8 +2,9 @@
 
 import json
 import os
-import subprocess
 import sys
+
+import forked
 
 from cachepipe.testing import MockServer, MockSettings
 
@@ -81,7 +82,7 @@ def test_the_flow_in_three_processes(tmp_path):
     with MockServer.in_thread(MockSettings(seed=3)) as server:
 
         def run(part):
-            ran = subprocess.run(
+            ran = forked.run(
                 [sys.executable, "-c", FLOW, part],
                 cwd=tmp_path,
                 env={**os.environ, "MOCK_URL": server.url},

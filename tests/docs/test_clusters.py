@@ -8,10 +8,10 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 
 from cachepipe import valkey_server
@@ -60,7 +60,7 @@ class Slurm:
         self.folder = folder
         self.environment = {
             **os.environ,
-            "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{folder / 'bin'}:{forked.programs()}:{os.environ['PATH']}",
             "TMPDIR": str(folder / "local"),
             "UPSTREAM": upstream.base_url,
             "OPENAI_BASE_URL": upstream.base_url,
@@ -197,12 +197,17 @@ def test_a_server_that_does_not_start_ends_the_array_and_leaves_the_saved_cache(
     slurm.ended(slurm.sbatch("sbatch serve.sh true", count=1))
     before = saved()
     assert "cache.db" in before
+    link = project / "proxy-cache" / "cache"
+    content = link.resolve()
+    link.unlink()
+    content.rename(link)  # a folder, as a user copies it there
     slurm.environment |= {"UPSTREAM": "nonsense"}
     for process in slurm.sbatch("sbatch serve.sh true"):
         output, errors = process.communicate(timeout=60)
         assert (process.returncode, output) == (1, "")
         assert "nonsense" in errors or "the first task of the array has ended" in errors
     assert saved() == before
+    assert link.is_symlink()  # so it can be replaced at once
     assert not (project / "proxy-cache" / "owner").is_symlink()
 
 

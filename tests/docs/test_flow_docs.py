@@ -6,9 +6,10 @@ import inspect
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
+
+import forked
 
 import cachepipe
 from cachepipe.services import LimitOptions
@@ -35,7 +36,7 @@ asyncio.run(run())
 def notebook(server, folder, examples):
     (folder / "caches").mkdir(exist_ok=True)
     environment = {**os.environ, "OPENAI_BASE_URL": server.base_url, "OPENAI_API_KEY": "none"}
-    ran = subprocess.run(
+    ran = forked.run(
         [sys.executable, "-c", NOTEBOOK],
         input=json.dumps(examples),
         cwd=folder,

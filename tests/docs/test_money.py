@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from cachepipe.testing import MockServer, MockSettings
@@ -35,7 +35,7 @@ def server():
 def test_the_commands_print_what_the_page_shows(server, tmp_path):
     lines = "".join(map(example, ("plan", "budget", "stats", "explain"))).splitlines()
     commands = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{forked.programs()}:{os.environ['PATH']}"
     hidden = ("CACHEPIPE_DIR", "OPENAI_BASE_URL")
     done = subprocess.run(
         ["bash", "-c", "\n".join([example("setup"), "exec 2>&1", *commands]).replace(URL, server.base_url)],

@@ -8,10 +8,10 @@ import re
 import shlex
 
 import pytest
+import stubs
 from click.testing import CliRunner
 from pages import DOCS, Page
 
-from cachepipe import wire
 from cachepipe.cli.group import cli
 from cachepipe.providers.presets import PRESETS
 from cachepipe.proxy.settings import Upstream
@@ -63,13 +63,5 @@ def test_the_proxy_is_where_the_page_says(monkeypatch):
         assert f"{upstream.mount} in front of {upstream.url}" in shown
 
 
-def test_the_table_is_that_of_the_code():
-    def most(row):
-        return row.max_n or (wire.MESSAGES if row.protocol == "anthropic" else wire.CHAT).max_n
-
-    needed = {True: "", False: ", if it needs one"}
-    rows = [
-        f"| `{row.name}` | `{row.url}` | `{row.key}`{needed[row.needs_key]} | {most(row)} |"
-        for row in PRESETS.values()
-    ]
-    assert re.findall(r"^\| `\w+` \| `http.*\|$", TEXT, re.MULTILINE) == rows
+def test_the_tables_are_those_of_the_code_and_of_the_tests_of_the_clients():
+    assert stubs.page(TEXT) == TEXT, "run: python tests/stubs.py"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
+
+import forked
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reruns.md").read_text()
 
@@ -15,7 +16,7 @@ def block(mark, language):
 
 
 def test_the_example_prints_what_the_page_says(tmp_path):
-    ran = subprocess.run(
+    ran = forked.run(
         [sys.executable, "-c", block("example: race", "python")],
         cwd=tmp_path,
         capture_output=True,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 PAGE = (Path(__file__).parents[2] / "docs" / "servers.md").read_text()
@@ -30,7 +30,7 @@ def test_the_program_prints_what_the_page_shows(request, tmp_path, kind, session
     done = subprocess.run(
         ["bash", "-ec", "\n".join(commands).replace(shown, url)],
         cwd=tmp_path,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        env={**os.environ, "PATH": f"{forked.programs()}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         check=False,

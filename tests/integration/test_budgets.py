@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from click.testing import CliRunner
 
@@ -232,7 +233,7 @@ class Spenders:
     def __init__(self, folder):
         self._folder = folder
         words = [sys.executable, "-c", SPENDERS, str(folder)]
-        self._parent = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._parent = forked.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def start(self, cache, usd, url, first, count):
         """Start a process; return its number."""

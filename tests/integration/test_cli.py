@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from click.testing import CliRunner
 
@@ -85,7 +86,7 @@ def listed(*arguments):
 
 
 def process(*arguments, **options):
-    return subprocess.run(
+    return forked.run(
         [sys.executable, "-m", "cachepipe", *arguments],
         capture_output=True,
         text=True,
@@ -212,14 +213,14 @@ def test_c6_stats_of_models_and_runs_add_up(replayed, tmp_path):
     assert as_json("stats", "--cache", replayed)["runs"] is None
     output = called("stats", "--cache", replayed, "--runs").stdout
     assert re.search(r"^run +namespace +first sample +requests +spent", output, re.MULTILINE)
-    assert re.search(r"^gpt-4o +https://api.openai.com/v1/chat/completions", output, re.MULTILINE)
+    assert re.search(r"^gpt-4o +[0-9].* https://api.openai.com/v1/chat/completions$", output, re.MULTILINE)
 
 
 def test_c6_stats_say_unknown_and_not_nothing(replayed):
     output = called("stats", "--cache", replayed).stdout
     assert re.search(r"^saved +6 samples, 6,600 tokens, \$", output, re.MULTILINE)
     assert re.search(r"^exp +9 +3,300 \$", output, re.MULTILINE)
-    assert re.search(r"^\(none\) +1 +unknown +unknown +unknown +0 +0 +0$", output, re.MULTILINE)
+    assert re.search(r"^\(none\) +1 +unknown +unknown +0 +0$", output, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -708,7 +709,7 @@ def test_text_that_the_output_cannot_hold_is_written_out(tmp_path):
 @pytest.mark.parametrize("words", [["ls"], ["stats"], ["path"]])
 def test_an_output_that_cannot_be_written_is_one_sentence(cache, words):
     with Path("/dev/full").open("w") as full:
-        ran = subprocess.run(
+        ran = forked.run(
             [sys.executable, "-m", "cachepipe", *words, "--cache", cache],
             stdout=full,
             stderr=subprocess.PIPE,
@@ -726,7 +727,7 @@ def test_an_output_that_cannot_be_written_is_one_sentence(cache, words):
 def test_a_reader_that_goes_away_ends_the_listing_quietly(cache):
     reading, writing = os.pipe()
     os.close(reading)
-    ran = subprocess.run(
+    ran = forked.run(
         [sys.executable, "-m", "cachepipe", "ls", "--cache", cache],
         stdout=writing,
         stderr=subprocess.PIPE,

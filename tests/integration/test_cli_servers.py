@@ -45,7 +45,7 @@ def write(url, key, change):
     """Change the rows of a key, as nothing in the package would: ``change`` gets them and returns them."""
     store, _ = open_store(url)
     engine = store.session.engine
-    before = engine.rows_of(key) | engine.read([Read(key, [b"s/0", b"s/1", b"s/2"])])[0]
+    before = engine.rows_of([key])[0] | engine.read([Read(key, [b"s/0", b"s/1", b"s/2"])])[0]
     after = change(dict(before))
     gone = [name for name in before if name not in after]
     assert engine.swap([Swap(key, b"damage", puts=after, deletes=gone)], 0) == [None]
@@ -265,7 +265,7 @@ def test_c3_the_earliest_namespace_is_found_again_after_a_repair(run, url):
     write(url, key, lambda rows: swapped(key, rows))
     run("verify", "--repair")
     store, _ = open_store(url)
-    found = store.session.engine.rows_of(key)
+    found = store.session.engine.rows_of([key])[0]
     [name] = [name for name in found if name.startswith(b"o/")]
     first = FirstRow.loads(key, name, found[name][8:])
     assert [label for _, label in first.namespaces] == ["=a", "=b"]

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from doors import DOORS
 from pydantic import BaseModel, Field
 
 import cachepipe
@@ -473,6 +474,36 @@ async def test_a_service_of_another_kind_is_used_in_its_own_way_or_refused(serve
     assert len(completion.token_log_probs) > 1
     with pytest.raises(TypeError, match=r"a service of chat completions, with chat\.completions; got"):
         await generate_text_completion(FRANCE, service=Service(server.base_url, api_key="x", sdk="anthropic"))
+
+
+@pytest.mark.parametrize("name", ["Gemini", "Anthropic", "HuggingFace", "Groq", "Mistral"])
+async def test_every_known_provider_answers_completions_and_sessions(server, name):
+    url = server.url if name == "Gemini" else server.base_url
+    service = getattr(Services, name)(base_url=url, api_key="any", model="m")
+    completion = await generate_text_completion(FRANCE, service=service, cache=MemoryStore())
+    assert completion.message
+    session = Session(service=service, cache=MemoryStore())
+    assert await session.initiate(FRANCE)
+    assert service.stats().calls == 2
+    assert server.stats.by_path == {"/v1/chat/completions": {200: 2}}
+
+
+@pytest.mark.parametrize("kind", ["HuggingFace", "local"])
+async def test_every_client_with_chat_completions_may_be_given(server, kind):
+    door = DOORS["HFTransformers" if kind == "local" else kind]
+    client, sync = (
+        door.made(f"{server.url}/v1", asynchronous=asynchronous, cache=MemoryStore())
+        for asynchronous in (True, False)
+    )
+    model = "counting" if kind == "local" else "m"
+    completion = await generate_text_completion(FRANCE, client=client, model=model)
+    assert completion.message
+    other = await asyncio.to_thread(generate_text_completion_sync, FRANCE, client=sync, model=model)
+    assert other.message
+    await client.close()
+    await asyncio.to_thread(sync.close)
+    with pytest.raises(TypeError, match=r"give service=, such as Services.Gemini\(\)"):
+        await generate_text_completion(FRANCE, client=object())
 
 
 async def test_an_asynchronous_client_is_not_for_functions_that_wait(server):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import pytest
 from blockbuster import blockbuster_ctx
 
@@ -71,7 +72,7 @@ def holding(tmp_path):
         "import sqlite3, sys; c = sqlite3.connect(sys.argv[1], isolation_level=None);"
         "c.execute('BEGIN IMMEDIATE'); print('held', flush=True); sys.stdin.readline(); c.execute('ROLLBACK')"
     )
-    holder = subprocess.Popen(
+    holder = forked.Popen(
         [sys.executable, "-c", script, str(tmp_path / "cache" / "ledger.cache.db")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

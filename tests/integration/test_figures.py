@@ -121,7 +121,13 @@ def test_c6_a_proxy_its_page_and_its_metrics_say_what_stats_says(prices, server)
                 httpx2.post(url, json=body(*line)).raise_for_status()
         counters = httpx2.get(f"{proxy.url}/cachepipe/api/counters").json()
         metrics = httpx2.get(f"{proxy.url}/metrics").text
-    stats, _ = of_stats("c")
+        whole = httpx2.get(f"{proxy.url}/cachepipe/api/stats").json()
+    stats, runs = of_stats("c")
+    for kind in ("spent", *KINDS, "unreported", "wasted"):
+        [by_namespace], [by_model] = whole["namespaces"], whole["models"]
+        assert parts(whole[kind]) == parts(by_namespace[kind]) == parts(by_model[kind]) == stats[kind]
+    told = [{kind: parts(run[kind]) for kind in runs[0]} for run in whole["runs"]]
+    assert sorted(told, key=str) == sorted(runs, key=str)
     [namespace], total = counters["namespaces"], counters["total"]
     for kind in ("spent", *KINDS, "unreported"):
         assert parts(namespace[kind]) == parts(total[kind]) == parts(total["models"][0][kind]) == stats[kind]
@@ -142,3 +148,14 @@ async def test_c6_stats_says_of_a_pipeline_what_its_flags_say(prices):
     await asyncio.to_thread(of_stats, "c")
     figures = await asyncio.to_thread(invoke, "stats", "--cache", "c")
     assert figures["billed"]["samples"] == bought
+
+
+def test_c6_python_says_what_stats_says(prices):
+    with OpenAI(cache="c", namespace="x") as client:
+        for _ in range(RUNS):
+            with cachepipe.run():
+                for line in LINES:
+                    client.chat.completions.create(**body(*line))
+    of_stats("c")
+    shown = invoke("stats", "--runs", "--scopes", "--cache", "c")
+    assert cachepipe.stats("c", prices=prices, scopes=True) == shown

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 import sys
 
+import forked
 import pytest
 from click.testing import CliRunner
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does
 
 def script(text, *arguments):
     """Run a program of its own, so that no thread of the tests is forked."""
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", text, *map(str, arguments)],
         capture_output=True,
         text=True,

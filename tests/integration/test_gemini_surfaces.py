@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+from dataclasses import dataclass
 
+import openai
 import pytest
 from google import genai
 
+from cachepipe import MemoryStore, OnlineAPI, Request, wire
 from cachepipe.batch import run_file
 from cachepipe.clients import Gemini
+from cachepipe.models import GeminiModel
 from cachepipe.providers.info import info
 from cachepipe.proxy.server import running
 from cachepipe.proxy.settings import ProxySettings, Upstream
@@ -108,3 +113,62 @@ def test_a_refused_line_has_googles_error(server, run):
 def test_without_a_base_url_lines_go_to_google(run):
     with pytest.raises(Exception, match="/v1beta/models/MODEL:generateContent"):
         run([{"url": "/v1/models/m:predict", "body": {}}], base_url=None)
+
+
+@dataclass(frozen=True)
+class Asked(Request):
+    temperature: float | None = None
+    model: str | None = None
+
+
+HISTORY = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello?"},
+    {"role": "assistant", "content": "Hi."},
+    {"role": "user", "content": "And?"},
+]
+
+
+@pytest.mark.anyio
+async def test_c10_an_adapter_and_a_client_share_samples(server):
+    store = MemoryStore()
+    model = GeminiModel(MODEL, base_url=server.url, api_key="k")
+    client = Gemini(api_key="k", http_options={"base_url": server.url}, cache=store, namespace="client")
+    async with model, OnlineAPI(model, store) as pipeline:
+        plain = (await pipeline.request(Request("hello", n=3))).data
+        warm = (await pipeline.request(Asked("hello", temperature=0.5))).data
+        long = (await pipeline.request(Request(HISTORY))).data
+        assert len({*plain, *warm, *long}) == 5
+        assert (server.stats.requests, model.calls) == (3, 3)
+
+        def ask(contents, **config):
+            made = client.models.generate_content(model=MODEL, contents=contents, config=config)
+            return [candidate.content.parts[0].text for candidate in made.candidates]
+
+        assert await asyncio.to_thread(ask, "hello", candidate_count=3) == plain
+        assert await asyncio.to_thread(ask, "hello", temperature=0.5) == warm
+        contents = [
+            {"role": {"assistant": "model"}.get(each["role"], "user"), "parts": [{"text": each["content"]}]}
+            for each in HISTORY[1:]
+        ]
+        assert await asyncio.to_thread(ask, contents, system_instruction="Be brief.") == long
+        assert (await pipeline.request(Request(contents, namespace="b"))).data != long  # without a system
+        assert server.stats.requests == 4
+        with pytest.raises(wire.BadRequest, match="make another GeminiModel"):
+            await pipeline.request(Asked("hello", model="other"))
+        with pytest.raises(wire.BadRequest, match="a role and a text"):
+            await pipeline.request(Request([{"role": "user", "content": [{"type": "text"}]}]))
+        with pytest.raises(TypeError, match="a string, or a list of messages"):
+            await pipeline.request(Request(5))
+    client.close()
+
+
+@pytest.mark.anyio
+async def test_an_adapter_takes_the_key_and_the_url_of_the_environment(server, monkeypatch):
+    monkeypatch.setenv("GEMINI_BASE_URL", server.url)
+    monkeypatch.setenv("OPENAI_API_KEY", "not-google-s")
+    for name, error in (("k", None), ("wrong", openai.AuthenticationError)):
+        monkeypatch.setenv("GEMINI_API_KEY", name)
+        async with GeminiModel(MODEL, max_retries=0) as model, OnlineAPI(model, MemoryStore()) as pipeline:
+            with contextlib.nullcontext() if error is None else pytest.raises(error):
+                assert (await pipeline.request(Request("hello"))).data

@@ -15,12 +15,13 @@ import diskcache
 import orjson
 import pytest
 from click.testing import CliRunner
+from google.genai import types
 from groq.types.chat import ChatCompletion as GroqCompletion
 
 import cachepipe
 from cachepipe import OnlineAPI, StoreError
 from cachepipe.cli.group import cli
-from cachepipe.clients import Anthropic, Groq, OpenAI, Together
+from cachepipe.clients import Anthropic, Gemini, Groq, HuggingFace, OpenAI, Together
 from cachepipe.compat.cachesaver.models import openai as compat
 from cachepipe.compat.cachesaver.typedefs import Request
 from cachepipe.importers import import_cachesaver
@@ -43,6 +44,8 @@ CITY = {"model": "ngram-1", "messages": said("Name a city."), "temperature": 0.7
 RIVER = {"model": "ngram-1", "messages": said("Name a river."), "max_tokens": 40, "stop": ["x", "y"]}
 HI = {"model": "ngram-1", "max_tokens": 30, "messages": said("hi")}
 SEA = {"model": "ngram-1", "messages": said("Name a sea."), "max_tokens": 20}
+HILL = {"model": "ngram-1", "contents": "Name a hill."}
+LANE = {"model": "ngram-1", "messages": said("Name a lane."), "max_tokens": 20}
 ORDERS = [
     {"model": "ngram-1", "messages": said(*texts), "max_tokens": 10}
     for texts in (("first", "second"), ("second", "first"))
@@ -54,6 +57,8 @@ LINES = [
     {"kwargs": HI},
     {"kwargs": {**SEA, "timeout": None}},  # not what was passed
     {"kwargs": SEA},
+    {"kwargs": HILL},
+    {"kwargs": LANE},
 ]
 MODEL = {"model": "ngram-1", "base_url": SERVER}
 
@@ -61,7 +66,7 @@ MODEL = {"model": "ngram-1", "base_url": SERVER}
 @pytest.fixture(autouse=True)
 def no_urls(monkeypatch):
     """Let the environment name no servers."""
-    for name in ("OPENAI_BASE_URL", "ANTHROPIC_BASE_URL", "TOGETHER_BASE_URL"):
+    for name in ("OPENAI_BASE_URL", "ANTHROPIC_BASE_URL", "TOGETHER_BASE_URL", "GOOGLE_GEMINI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -93,7 +98,7 @@ def replayed(cache, body, count, **options):
 async def test_c10_clients_get_the_samples_from_the_front_as_cachesavers_reruns_do(folder, cache, tmp_path):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     imported = import_cachesaver(folder, file_of(tmp_path, LINES), cache, **MODEL)
-    assert (imported.found, imported.taken, imported.counts.samples) == (7, 5, 117)
+    assert (imported.found, imported.taken, imported.counts.samples) == (9, 7, 120)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert replayed(cache, CITY, 3, namespace="one") == TEXTS["city"]
     assert replayed(cache, {**CITY, "n": 3}, 1, namespace="two") == TEXTS["city"]
@@ -104,6 +109,13 @@ async def test_c10_clients_get_the_samples_from_the_front_as_cachesavers_reruns_
         assert [client.messages.create(**HI).content[0].text] == TEXTS["hi"]
     with Together(cache=cache, mode="replay") as client:
         assert [client.chat.completions.create(**SEA).choices[0].message.content] == TEXTS["sea"]
+    with Gemini(cache=cache, mode="replay") as client:
+        answer = client.models.generate_content(**HILL)
+    assert ([answer.text], answer.candidates[0].finish_reason) == (TEXTS["hill"], "STOP")
+    with HuggingFace(cache=cache, mode="replay") as client:
+        answer = client.chat_completion(**LANE, n=2)
+    assert [choice.message.content for choice in answer.choices] == TEXTS["lane"]
+    assert (answer.usage.prompt_tokens, answer.usage.total_tokens) == (10, 46)
     assert verify(cache).problems == {}
 
 
@@ -131,7 +143,7 @@ async def test_c6_the_usage_that_cachesaver_copies_to_each_sample_counts_once(fo
 async def test_what_has_no_request_is_named_with_what_it_holds(folder, cache, tmp_path):
     imported = import_cachesaver(folder, file_of(tmp_path, LINES[:1]), cache, **MODEL)
     left = {each.why.split("such as ")[-1].strip('"'): each for each in imported.left}
-    assert (imported.taken, len(imported.left)) == (1, 6)
+    assert (imported.taken, len(imported.left)) == (1, 8)
     river = left[" ".join(TEXTS["river"][0].split())[:60]]
     assert (river.name, "no request of requests.jsonl has this key; it has 2 samples" in river.why) == (
         "ngram-1",
@@ -160,7 +172,7 @@ async def test_an_import_is_repeated_and_goes_on_when_the_list_has_grown(folder,
     requests = file_of(tmp_path, LINES)
     import_cachesaver(folder, requests, cache, **MODEL)
     again = import_cachesaver(folder, requests, cache, **MODEL)
-    assert (again.taken, again.counts.samples, again.counts.same) == (5, 0, 5)
+    assert (again.taken, again.counts.samples, again.counts.same) == (7, 0, 7)
     rows = sqlite3.connect(folder / "cache.db")
     key, data = rows.execute("SELECT key, value FROM Cache WHERE rowid = 2").fetchone()
     rivers = pickle.loads(data)
@@ -172,7 +184,7 @@ async def test_an_import_is_repeated_and_goes_on_when_the_list_has_grown(folder,
     rows.commit()
     rows.close()
     more = import_cachesaver(folder, requests, cache, **MODEL)
-    assert (more.counts.samples, more.counts.more, more.counts.same) == (1, 1, 4)
+    assert (more.counts.samples, more.counts.more, more.counts.same) == (1, 1, 6)
     assert replayed(cache, RIVER, 3) == [*TEXTS["river"], "The third."]
     import_cachesaver(folder, requests, tmp_path / "other", **MODEL)
     assert merge([tmp_path / "other"], cache).samples == 0
@@ -204,6 +216,68 @@ async def test_c10_answers_of_groqs_sdk_are_those_of_groq(folder, cache, tmp_pat
     with Groq(cache=cache, mode="replay") as client:
         texts = [client.chat.completions.create(**CITY).choices[0].message.content for _ in range(3)]
     assert texts == TEXTS["city"]
+
+
+STRICT = {"category": "HARM_CATEGORY_HARASSMENT", "threshold": "BLOCK_NONE"}
+CONFIG = {"temperature": 0.5, "candidate_count": 2, "safety_settings": [STRICT]}
+
+
+def candidates(data):
+    """The list of a call for two candidates, as CacheSaver keeps it: each with the usage of the call."""
+    (answer,) = pickle.loads(data)
+    content = types.Content(role="model", parts=[types.Part(text="Ayr", thought_signature=b"\xff\x00")])
+    other = types.Candidate(content=content, index=1, finish_reason=types.FinishReason.MAX_TOKENS)
+    return pickle.dumps([answer, answer.model_copy(update={"candidates": [other]})])
+
+
+def with_config(folder):
+    """Give the entry of the hill the key of a call with a config, and a second candidate."""
+    config = types.GenerateContentConfig(**{**CONFIG, "candidate_count": None})
+    rows = sqlite3.connect(folder / "cache.db")
+    row = key_of(HILL)
+    [(data,)] = rows.execute("SELECT value FROM Cache WHERE key = ?", (row,))
+    key = key_of({**HILL, "config": config})
+    rows.execute("UPDATE Cache SET key = ?, value = ? WHERE key = ?", (key, candidates(data), row))
+    rows.commit()
+    rows.close()
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+async def test_c10_a_call_of_gemini_with_a_config_is_found(folder, cache, tmp_path, as_file):
+    with_config(folder)
+    if as_file:
+        requests = file_of(tmp_path, [{"kwargs": {**HILL, "config": CONFIG}}])
+    else:
+        config = types.GenerateContentConfig(**CONFIG)
+        requests = [Request(args=(), kwargs={**HILL, "config": config})]
+    imported = import_cachesaver(folder, requests, cache)
+    assert (imported.taken, imported.counts.samples) == (1, 2)
+    with Gemini(cache=cache, mode="replay") as client:
+        answer = client.models.generate_content(**HILL, config=types.GenerateContentConfig(**CONFIG))
+    first, second = answer.candidates
+    assert [first.content.parts[0].text, second.content.parts[0].text] == [*TEXTS["hill"], "Ayr"]
+    assert (second.finish_reason, second.content.parts[0].thought_signature) == ("MAX_TOKENS", b"\xff\x00")
+
+
+async def test_a_call_of_the_hub_without_a_model_is_left(folder, cache):
+    rows = sqlite3.connect(folder / "cache.db")
+    kwargs = {name: value for name, value in LANE.items() if name != "model"}
+    rows.execute("UPDATE Cache SET key = ? WHERE key = ?", (key_of(kwargs), key_of(LANE)))
+    rows.commit()
+    rows.close()
+    imported = import_cachesaver(folder, [Request(args=(), kwargs=kwargs)], cache)
+    assert imported.taken == 0
+    assert any("names no model" in each.why for each in imported.left)
+
+
+async def test_tensors_are_left_with_the_reason(folder, cache):
+    data = b"\x80\x05]\x94ctorch._utils\n_rebuild_tensor_v2\n)R\x94a."
+    rows = sqlite3.connect(folder / "cache.db")
+    rows.execute("UPDATE Cache SET value = ? WHERE key = ?", (data, key_of(HILL)))
+    rows.commit()
+    rows.close()
+    left = import_cachesaver(folder, [Request(args=(), kwargs=HILL)], cache).left
+    assert any("nobody knows which model wrote these tokens" in each.why for each in left)
 
 
 async def test_a_folder_that_a_program_has_open_is_read_with_what_is_in_its_log(folder, cache, tmp_path):
@@ -247,7 +321,7 @@ async def test_c12_a_row_that_diskcache_does_not_write_is_left(folder, cache, tm
     rows.commit()
     rows.close()
     imported = import_cachesaver(folder, file_of(tmp_path, LINES), cache, **MODEL)
-    assert imported.taken == 4
+    assert imported.taken == 6
     assert any(told in each.why for each in imported.left)
 
 
@@ -257,7 +331,7 @@ async def test_c12_links_are_not_followed(folder, cache, tmp_path):
     file.symlink_to(tmp_path / "elsewhere")
     imported = import_cachesaver(folder, file_of(tmp_path, LINES), cache, **MODEL)
     assert any("is a link, or no regular file" in each.why for each in imported.left)
-    assert imported.taken == 4
+    assert imported.taken == 6
 
 
 async def test_the_command_imports_a_folder_and_says_what_is_missing(folder, tmp_path, monkeypatch):
@@ -266,9 +340,9 @@ async def test_the_command_imports_a_folder_and_says_what_is_missing(folder, tmp
     options = ["theirs", "--requests", "requests.jsonl", "--model", "ngram-1", "--base-url", SERVER]
     done = CliRunner().invoke(cli, ["import", *options, "--cache", "cache"])
     assert (done.exit_code, done.stderr) == (1, "")
-    assert "taken  5 of 7" in done.stdout
+    assert "taken  7 of 9" in done.stdout
     assert "give its requests to import_cachesaver in Python" not in done.stdout
     done = CliRunner().invoke(cli, ["import", "theirs", "--cache", "cache"])
-    assert (done.exit_code, "a folder of CacheSaver with 7 lists of samples" in done.stderr) == (2, True)
+    assert (done.exit_code, "a folder of CacheSaver with 9 lists of samples" in done.stderr) == (2, True)
     done = CliRunner().invoke(cli, ["import", *options, "--namespace", "x", "--cache", "cache"])
     assert (done.exit_code, "leave out --namespace" in done.stderr) == (2, True)

@@ -7,10 +7,10 @@ import contextlib
 import random
 import shutil
 import sqlite3
-import subprocess
 import sys
 import warnings
 
+import forked
 import pytest
 from profiles import sized
 
@@ -300,7 +300,7 @@ asyncio.run(main())
 
 
 def killed(folder):
-    process = subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=False)
+    process = forked.run([sys.executable, "-c", KILLED, str(folder)], check=False)
     assert process.returncode == 9
 
 

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 
+import forked
 import pytest
 from profiles import sized
 
@@ -286,7 +287,7 @@ class Broken:
 @pytest.mark.parametrize(("n", "left"), [(0, (0, 1)), (1, (2, 1)), (2, (2, 1))])
 def test_c8_what_a_killed_process_put_in_place_of_a_discarded_sample(tmp_path, n, left):
     """It stands as far as it was delivered to a run that makes the same draw; else a failure undoes it."""
-    process = subprocess.run(
+    process = forked.run(
         [sys.executable, "-W", "error", "-c", DISCARDING, str(tmp_path / "cache")],
         capture_output=True,
         text=True,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 import sys
 
+import forked
 import pytest
 from click.testing import CliRunner
 
@@ -176,7 +176,7 @@ cachepipe.forget(cache, "one", samples=True)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_removal_that_is_killed_breaks_no_promise(cache, when):
     before = ask(cache, "two", 2)[0]
-    done = subprocess.run([sys.executable, "-c", KILLED, str(cache), when], timeout=60, check=False)
+    done = forked.run([sys.executable, "-c", KILLED, str(cache), when], timeout=60, check=False)
     assert done.returncode == 9
     assert ask(cache, "two", 2) == (before, 0)
     found = json.loads(CliRunner().invoke(cli, ["verify", "--json", "--cache", str(cache)]).stdout)
@@ -202,7 +202,7 @@ cachepipe.prune(sys.argv[1], model="count", draws=True)
 
 def test_a_folder_whose_question_was_being_deleted_in_a_kill_is_whole_after_the_next_removal(folder):
     spent = json.loads(called(folder, "stats", "--json").stdout)["spent"]
-    done = subprocess.run([sys.executable, "-c", KILLED_AT_A_QUESTION, str(folder)], timeout=60, check=False)
+    done = forked.run([sys.executable, "-c", KILLED_AT_A_QUESTION, str(folder)], timeout=60, check=False)
     assert done.returncode == 9
     told = json.loads(called(folder, "prune", "--yes", "--json").stdout)
     assert told["questions_deleted"] == 1
@@ -232,7 +232,7 @@ def test_a_compaction_that_is_killed_leaves_the_cache_as_it_was(folder):
         "store.compact()\n"
     )
     before = ask(folder, "two", 2)[0]
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], timeout=60, check=False)
+    done = forked.run([sys.executable, "-c", code, str(folder)], timeout=60, check=False)
     assert done.returncode == 9
     assert verify(folder).whole
     assert ask(folder, "two", 2) == (before, 0)

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from collections import Counter
 from dataclasses import replace
 
 import anthropic
+import forked
 import httpx
 import openai
 import pytest
@@ -1252,12 +1252,11 @@ async def test_another_model_can_answer():
 def test_the_command_says_when_it_is_ready_and_stops_cleanly(number, form):
     code = "from cachepipe.testing.command import mock_server; mock_server()"
     options = ["--port", "0", "--seed", "1", "--fault", "503:1", *(["--json"] if form == "json" else [])]
-    with subprocess.Popen(
-        [sys.executable, "-c", code, *options],
+    with forked.Popen(
+        [sys.executable, "-W", "error", "-c", code, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONWARNINGS": "error"},
     ) as process:
         line = process.stdout.readline()
         url = json.loads(line)["base_url"] if form == "json" else line.split(" on ")[1].strip()

@@ -164,14 +164,15 @@ async def test_c10_whole_samples_and_texts_are_of_the_same_samples(server):
 
 async def test_the_scope_is_the_url_that_the_client_calls(server):
     """The mock server knows none of these paths, so its 404 tells where the request went."""
-    plain = {"base_url": f"{server.url}/nowhere/", "api_key": KEY}
+    nowhere = f"{server.url}/nowhere"
+    plain = {"base_url": f"{nowhere}/", "api_key": KEY}
     azure = {"api_key": KEY, "api_version": "2024-06-01"}
     clients = [
         openai.AsyncOpenAI(**plain),
         openai.AsyncOpenAI(**plain, default_query={"tier": "a b"}),
-        openai.AsyncAzureOpenAI(**azure, azure_endpoint=server.url),
-        openai.AsyncAzureOpenAI(**azure, azure_endpoint=server.url, azure_deployment="mine"),
-        openai.AsyncAzureOpenAI(**azure, base_url=f"{server.url}/openai/deployments/mine"),
+        openai.AsyncAzureOpenAI(**azure, azure_endpoint=nowhere),
+        openai.AsyncAzureOpenAI(**azure, azure_endpoint=nowhere, azure_deployment="mine"),
+        openai.AsyncAzureOpenAI(**azure, base_url=f"{nowhere}/openai/deployments/mine"),
     ]
     for client in clients:
         async with client:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import inside
 import pytest
 from profiles import sized
@@ -62,7 +63,7 @@ class Worker:
     """A process that runs a script, one line of JSON at a time."""
 
     def __init__(self, folder, name, body):
-        self.process = subprocess.Popen(
+        self.process = forked.Popen(
             [
                 sys.executable,
                 "-W",

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import forked
 import pytest
 from offline import close_network
 
@@ -94,7 +95,7 @@ def replay(bundle, tmp_path):
             *program,
             *arguments,
         ]
-        return subprocess.Popen(
+        return forked.Popen(
             [*map(str, command)],
             cwd=tmp_path,
             env={name: value for name, value in os.environ.items() if name not in hidden} | closed,
@@ -194,5 +195,5 @@ def test_a_program_that_does_not_exist_is_named(replay):
 def test_a_file_that_is_no_bundle_is_refused(tmp_path):
     (tmp_path / "text").write_text("hello")
     command = [sys.executable, "-m", "cachepipe", "replay", str(tmp_path / "text"), "--", "true"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = forked.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, "is not a bundle" in done.stderr) == (2, True)

@@ -18,6 +18,7 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
+import forked
 import pytest
 from click.testing import CliRunner
 from profiles import sized
@@ -131,7 +132,7 @@ def started(words):
     heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # we may ignore it
     begun = f"{heard}; from cachepipe.cli import main; main()"
     command = [sys.executable, "-c", begun, "run", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with process:
         try:
             yield process
@@ -359,7 +360,7 @@ def test_a_run_under_nohup_goes_on_after_a_hangup(server):
         "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); from cachepipe.cli import main; main()"
     )
     command = [sys.executable, "-c", code, "run", *options(server, limit=3), "--quiet"]
-    with subprocess.Popen(command) as process:
+    with forked.Popen(command) as process:
         server.wait_until(lambda stats: stats.in_flight == 3, 60)
         process.send_signal(signal.SIGHUP)
         pause(server, paused=False)
@@ -785,7 +786,7 @@ def on_terminal(server, cache="cache", **environment):
     command += options(server, n=1, cache=cache)
     ours, theirs = os.openpty()
     shown = b""
-    with subprocess.Popen(
+    with forked.Popen(
         command, stderr=theirs, stdout=theirs, env={**os.environ, "TERM": "xterm", **environment}
     ) as process:
         os.close(theirs)
@@ -907,6 +908,13 @@ def test_c6_what_no_line_got_is_spent_and_unreported(server):
     assert (figures["hits"], figures["misses"], figures["unreported"]["samples"]) == (0, 0, made)
     assert (figures["spent"]["samples"], figures["billed"]["samples"]) == (made, 0)
     assert figures["spent"]["total_tokens"] == server.stats.tokens_in + server.stats.tokens_out > 0
+    told = CliRunner().invoke(cli, ["stats", "--runs", "--cache", "cache", "--json"], catch_exceptions=False)
+    [run] = json.loads(told.stdout)["runs"]
+    assert run["run"] == figures["run"]
+    assert figures["wasted"] == figures["spent"] == run["wasted"]
+    server.settings = replace(server.settings, script=())
+    again = called(server, requests=source, n=5, max_n=3)  # which uses what was left first
+    assert (again["hits"], again["wasted"]["samples"], again["wasted"]["cost"]) == (made, 0, 0)
 
 
 def test_a_partial_hit_counts_its_samples_and_a_run_says_that_it_counts_samples(server, monkeypatch):

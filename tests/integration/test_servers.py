@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import forked
 import pytest
 from valkey import exceptions
 from valkeys import ValkeyNode
@@ -22,9 +24,9 @@ from cachepipe.cli.common import name_of
 from cachepipe.errors import RiskyServer, StoreUnreachable
 from cachepipe.proxy.settings import ProxySettings
 from cachepipe.stores.base import Discard
-from cachepipe.stores.remote import checks
+from cachepipe.stores.remote import checks, session
 from cachepipe.stores.remote.checks import Unfit, faults
-from cachepipe.stores.remote.engine import Read, Swap, Unreachable
+from cachepipe.stores.remote.engine import Conflict, Read, Swap, Unreachable
 from cachepipe.stores.remote.spool import Spool
 from cachepipe.stores.remote.valkey import ValkeyEngine
 from cachepipe.stores.remote.verify import check
@@ -56,6 +58,12 @@ def start(tmp_path):
 
 async def ask(pipeline, *ids, n=1):
     return await asyncio.gather(*(pipeline.request(Request("q", n=n, request_id=i)) for i in ids))
+
+
+def rewriting(client):
+    """Return True while a server writes its append-only file anew, or is about to."""
+    info = client.info("persistence")
+    return info["aof_rewrite_in_progress"] or info["aof_rewrite_scheduled"]
 
 
 # Outages.
@@ -130,6 +138,80 @@ async def test_c8_a_server_that_is_full_is_waited_for_and_then_named_in_the_erro
 
 
 @pytest.mark.anyio
+@pytest.mark.filterwarnings("ignore:the server at .* confirms samples that no replica has")
+async def test_c8_a_server_that_becomes_a_replica_is_waited_for_and_then_named_in_the_error(start, tmp_path):
+    server = start()
+    async with OnlineAPI(ScriptedModel(cache_scope="m"), server.url("&patience=0.3")) as pipeline:
+        [before] = await ask(pipeline, "a")
+        with server.client() as client:
+            client.replicaof("127.0.0.1", 1)
+        with pytest.raises(StoreUnreachable, match=r"has not answered for 0\.3 s: .*read only replica"):
+            await ask(pipeline, "b")
+        with pytest.raises(StoreError, match=r"is a replica, which cannot be written\. Name its primary"):
+            open_store(server.url("2&patience=0.3"))
+        with server.client() as client:
+            client.replicaof("NO", "ONE")
+        [after] = await ask(pipeline, "b")
+    assert (before.indices, after.indices) == ((0,), (1,))
+
+
+@pytest.mark.anyio
+async def test_c8_a_server_that_is_stopped_is_waited_for_and_then_named_in_the_error(start):
+    server = start()
+    async with OnlineAPI(ScriptedModel(cache_scope="m"), server.url("&patience=0.3&timeout=0.1")) as pipeline:
+        await ask(pipeline, "a")
+        server.process.send_signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(StoreUnreachable, match=r"has not answered for 0\.3 s: .*[Tt]ime"):
+                await ask(pipeline, "b")
+        finally:
+            server.process.send_signal(signal.SIGCONT)
+        [answer] = await ask(pipeline, "b")
+    assert answer.indices == (1,)
+
+
+@pytest.mark.anyio
+async def test_c7_a_server_that_reads_its_data_is_waited_for(start, monkeypatch, until):
+    monkeypatch.setattr(session, "_PAUSES", (0.02, 0.02))
+    server, told = start(), []
+    async with OnlineAPI(ScriptedModel(cache_scope="m"), server.url()) as pipeline:
+        await ask(pipeline, "a")
+        with server.client() as client:
+            client.mset({f"other {number}": "x" * 2000 for number in range(200)})
+            client.bgrewriteaof()
+            await until(lambda: not rewriting(client))
+        engine = type(pipeline.store.session.engine)
+        ours = engine._ours
+        monkeypatch.setattr(engine, "_ours", lambda self, error: told.append(str(error)) or ours(self, error))
+        server.kill()
+        server.settings |= {"key-load-delay": "2000", "loading-process-events-interval-bytes": "1024"}
+        starting = threading.Thread(target=server.start)
+        starting.start()
+        [answer] = await ask(pipeline, "new")
+        starting.join()
+    assert answer.indices == (1,)
+    assert any("loading" in one.lower() for one in told), told
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_c8_a_cluster_that_is_down_is_waited_for_and_then_named_in_the_error(start, until):
+    server = start(**{"cluster-enabled": "yes"})
+    with server.client() as client:
+        client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+        await until(lambda: client.cluster("INFO")["cluster_state"] == "ok")
+        url = f"valkey+cluster://127.0.0.1:{server.port}?prefix=t&patience=0.3"
+        async with OnlineAPI(ScriptedModel(cache_scope="m"), url) as pipeline:
+            await ask(pipeline, "a")
+            client.execute_command("CLUSTER DELSLOTS", 0)  # others are then not served either
+            with pytest.raises(StoreUnreachable, match=r"has not answered for 0\.3 s: .*[Cc]luster.* down"):
+                await ask(pipeline, "b")
+            client.execute_command("CLUSTER ADDSLOTS", 0)
+            [answer] = await ask(pipeline, "b")
+    assert answer.indices == (1,)
+
+
+@pytest.mark.anyio
 async def test_c12_a_server_that_was_emptied_is_not_filled_again_in_silence(start):
     server = start()
     async with OnlineAPI(ScriptedModel(cache_scope="m"), server.url("&lease=0.15")) as pipeline:
@@ -160,9 +242,8 @@ def test_a_replica_that_takes_over_names_the_history_that_it_continues(start, tm
     replica = ValkeyNode(tmp_path / "replica", replicaof=f"127.0.0.1 {primary.port}")
     store, _ = open_store(primary.url())
     [before] = store.session.engine.servers()
+    replica.wait_until_in_step()
     with replica.client() as client:
-        while client.info("replication")["master_link_status"] != "up":
-            pass
         client.replicaof("NO", "ONE")
     store.close()
     other, _ = open_store(replica.url())
@@ -236,6 +317,24 @@ def test_a_key_is_read_in_turn_by_one_process_until_it_swaps(start):
     store.close()
 
 
+@pytest.mark.parametrize("kind", ["valkey", "postgres"])
+def test_a_swap_returns_the_samples_that_it_wants_or_writes_nothing(request, kind):
+    store, _ = open_store(request.getfixturevalue(f"new_{kind}_url")())
+    engine = store.session.engine
+    samples = {b"s/0": b"+2345678first", b"s/1": b"+2345678second", b"s/2": b"-2345678gone"}
+    assert engine.swap([Swap("k", b"1", puts=samples), Swap("other", b"2", puts=samples)], 1) == [None, None]
+    wants = [b"s/1", b"s/0"]
+    wanted = {name: samples[name] for name in wants}
+    good = Swap("k", b"3", puts={b"x": b"12345678new"}, wants=wants)
+    lacks = Swap("other", b"4", puts={b"x": b"12345678new"}, wants=[*wants, b"s/3"])
+    assert engine.swap([good, lacks], 1) == [wanted, Conflict({}, wait=False)]
+    assert engine.swap([good], 1) == [wanted], "as it was performed before"
+    discarded = Swap("other", b"5", expected={b"x": None}, puts={b"x": b"12345678new"}, wants=[b"s/2"])
+    assert engine.swap([discarded], 1) == [Conflict({}, wait=False)]
+    assert engine.read([Read(key, [b"x"]) for key in ("k", "other")]) == [{b"x": b"12345678new"}, {}]
+    store.close()
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize("away", ["no", "restarted", "late"])
 async def test_c2_known_draws_are_read_on_the_event_loop_or_else_in_a_thread(start, monkeypatch, away):
@@ -287,7 +386,7 @@ asyncio.run(main())
 
 def test_c6_what_a_program_has_not_closed_is_written_when_it_ends(start):
     server = start()
-    subprocess.run([sys.executable, "-W", "error", "-c", UNCLOSED, server.url()], check=True, timeout=60)
+    forked.run([sys.executable, "-W", "error", "-c", UNCLOSED, server.url()], check=True, timeout=60)
     store, _ = open_store(server.url(), read_only=True)
     assert [noted.sums.delivered.requests for noted in store.sums()] == [1]
     assert store.totals()["samples"] == 2

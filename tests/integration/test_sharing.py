@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
+import forked
 import pytest
 
 from cachepipe import (
@@ -248,7 +248,7 @@ async def test_a_draw_that_a_killed_run_left_is_completed_after_an_import(tmp_pa
 
 
 def run(*arguments, cwd):
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "cachepipe", *map(str, arguments)],
         cwd=cwd,
         capture_output=True,

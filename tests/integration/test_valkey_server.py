@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
 from click.testing import CliRunner
@@ -90,7 +91,7 @@ def test_a_server_is_started_once(start, command):
 
 def test_of_processes_that_start_a_server_together_one_does(folder):
     command = [sys.executable, "-m", "cachepipe", "valkey", "start", "--dir", folder, "--port", "0", "--json"]
-    together = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
+    together = [forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
     told = [process.communicate(timeout=60) for process in together]
     assert [(process.returncode, errors) for process, (_, errors) in zip(together, told, strict=True)] == [
         (0, b"")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 
+import forked
 import pytest
 
 from cachepipe import DiskStore, OnlineAPI, Request, Response, WaitingForOthers
@@ -48,7 +49,7 @@ class Model:
 def working(folder):
     """Another process that is generating the sample of a question, until it is told to go on."""
     command = [sys.executable, "-c", WORKER, str(folder)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with forked.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout.readline() == "asked\n"
             yield process

@@ -234,7 +234,7 @@ class StoreMachine(RuleBasedStateMachine):
             if claimed not in self.open:
                 self.open.append(claimed)
         else:
-            self.deliver(claimed)
+            self.end_well(claimed)
 
     def bury(self, key):
         """Do what the next claim of a key does with what the dead were generating."""
@@ -246,7 +246,11 @@ class StoreMachine(RuleBasedStateMachine):
         """Return True if a claim of a key looks after a pending sample of another one: all do."""
         return True
 
-    def deliver(self, claimed):
+    def end_well(self, claimed):
+        """Release what an earlier claim of the claimant holds, and deliver."""
+        if claimed.held:
+            leave = ReleaseHold(claimed.draw, claimed.token, claimed.held, complete=True, n=claimed.n)
+            self.apply(claimed.process, leave)
         claimed.over = True
         self.receives(claimed.draw, claimed.indices)
 
@@ -310,9 +314,7 @@ class StoreMachine(RuleBasedStateMachine):
             return
         if any(index in self.discarded[claimed.draw.key] for index in claimed.indices):
             return
-        leave = ReleaseHold(claimed.draw, claimed.token, claimed.held, complete=True, n=claimed.n)
-        self.apply(claimed.process, leave)
-        self.deliver(claimed)
+        self.end_well(claimed)
 
     @rule(claimed=claimants)
     def look_again(self, claimed):
@@ -333,7 +335,7 @@ class StoreMachine(RuleBasedStateMachine):
         if claimed.over or claimed.process not in self.processes:
             return
         key = claimed.draw.key
-        whole = self.complete(claimed)
+        whole = self.there(key, claimed.indices)  # then its part stands, whatever becomes of others
         claimed.over = True
         mine = sorted(claimed.mine)
         had = self.ledger(key).get(claimed.draw, [])
@@ -345,10 +347,10 @@ class StoreMachine(RuleBasedStateMachine):
         for index in mine:
             if self.pending.get((key, index)) is claimed.process:
                 del self.pending[key, index]
-        if claimed.before is not None and not whole and not self.holders(claimed.draw):
+        left = self.ledger(key).get(claimed.draw, [])
+        if claimed.before is not None and left != had:  # the refresh is undone
             now = self.delivered.get(claimed.draw, [])
             self.delivered[claimed.draw] = now + claimed.before[len(now) :]
-        left = self.ledger(key).get(claimed.draw, [])
         if self.there(key, had):
             assert left == had, "once all its samples are stored a draw stands"
         elif not whole and not self.holders(claimed.draw):

@@ -95,3 +95,8 @@ def refuse_what_is_wrong() -> None:
     clients.OpenAI(cache="caches/exp", mode="reed")  # type: ignore[arg-type]
     clients.OpenAI(caches="caches/exp")  # type: ignore[call-arg]
     clients.Ollama(cachedir="caches/exp")  # type: ignore[call-arg]
+
+
+def refuse_wrong_names() -> None:
+    clients.OpenRuter()  # type: ignore[attr-defined]
+    cachepipe.OnlinAPI("m")  # type: ignore[attr-defined]

@@ -7,8 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachepipe.accounting import Account, Delivered, RunSums, noted, sold_in, usage_of, usage_sold
-from cachepipe.wire import CHAT
+from cachepipe.accounting import (
+    Account,
+    Delivered,
+    RunSums,
+    Usage,
+    by_model,
+    noted,
+    sold_in,
+    usage_of,
+    usage_sold,
+)
+from cachepipe.wire import CHAT, reported_cost
 
 URL = "http://model/v1/chat/completions"
 
@@ -207,11 +217,14 @@ def test_what_servers_say_beyond_reason_is_left_out_of_headers(fields):
         b'{"usage":[99999999999999999999,0,0,0,0]}',
         b'{"usage":{"a":1}}',
         b'{"model":5,"url":1,"first":2}',
+        b'{"nanos":-5}',
+        b'{"nanos":"5"}',
+        b'{"nanos":99999999999999999999}',
     ],
 )
 def test_c6_a_header_that_cannot_be_read_is_unknown_usage(sold):
     usage = usage_sold(sold)
-    assert usage == (None, None, True, None)
+    assert usage == Usage(None, None, first=True)
 
 
 def test_sums_are_the_same_after_they_were_written():
@@ -275,3 +288,56 @@ def test_c6_samples_that_are_summed_together_are_spent_as_each_of_them(headers):
     together.add_all(headers, URL)
     alone.spend([usage_sold(sold_in(header)) for header in headers], URL)
     assert together.sold == alone.sold
+
+
+def priced(cost, tokens=10, **usage):
+    """A sample of a provider that says what it has cost."""
+    counts = {"prompt_tokens": tokens, "completion_tokens": tokens, "total_tokens": 2 * tokens}
+    return {"model": "m", "usage": {**counts, **usage, **({} if cost is None else {"cost": cost})}}
+
+
+@pytest.mark.parametrize(
+    ("usage", "nanos"),
+    [
+        ({"cost": 0.00014}, 140_000),  # OpenRouter
+        ({"cost": 0}, 0),
+        ({"cost": {"input_tokens_cost": 0.1, "total_cost": 0.25}}, 250_000_000),  # Perplexity
+        ({"estimated_cost": 1e-6}, 1000),  # DeepInfra
+        ({"cost_in_usd_ticks": 12345}, 1234),  # xAI
+        ({"cost": None}, None),
+        ({"cost": True}, None),
+        ({"cost": -1}, None),
+        ({"cost": float("nan")}, None),
+        ({"cost": 1e300}, None),
+        ({"cost": {"total_cost": "1"}}, None),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_what_a_provider_says_that_a_call_has_cost_is_read(usage, nanos):
+    assert reported_cost(usage) == nanos
+
+
+def test_c6_what_was_billed_counts_before_prices_of_tokens():
+    def price(counts, model, url):
+        assert (model, url) == ("m", URL)
+        return 1.0 * counts["total_tokens"]
+
+    usages = [usage_of(priced(cost)) for cost in (0.25, 0.5, None)]
+    delivered = Delivered()
+    delivered.add(usages, [False, True, False], URL)
+    assert delivered.billed.cost(price) == (0.25 + 20.0, 0)
+    assert delivered.as_asked.cost(price)[0] == pytest.approx(0.25 + 0.5 + 10.0)  # the prompt counts once
+    assert delivered.as_asked.counts()["total_tokens"] == 40
+    assert Account.loads(delivered.billed.dumps()).cost(price) == (20.25, 0)
+    [row] = by_model({"spent": delivered.billed, "saved": delivered.saved}, price)
+    assert (row["url"], row["spent"]["samples"], row["spent"]["cost"]) == (URL, 2, 20.25)
+    assert row["saved"]["cost"] == pytest.approx(delivered.saved.cost(price)[0])
+    headers = [
+        orjson.dumps({"at": 1, **noted(priced(cost, tokens))})
+        for cost, tokens in ((0.25, 10), (0.25, 30), (0.5, 10), (None, 10))
+    ]
+    account = Account()
+    account.add_all(headers, URL)
+    assert account.cost(price) == (1.0 + 20.0, 0)
+    assert account.counts()["total_tokens"] == 120

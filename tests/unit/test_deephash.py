@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import enum
+
+import pydantic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,6 +42,26 @@ VALUES = st.recursive(
 )
 def test_keys_are_those_of_deepdiff(args, kwargs, key):
     assert key_of(kwargs, args) == key
+
+
+class Pair(pydantic.BaseModel):
+    a: int = 1
+    b: str | None = None
+
+
+class Kind(str, enum.Enum):  # noqa: UP042 - as in Google's SDK
+    X = "x"
+
+    def __format__(self, _):  # a format of its own: Python 3.11 and 3.12 differ
+        return "x"
+
+
+def test_objects_of_pydantic_and_enumerations_have_the_keys_that_deepdiff_gives_them():
+    assert deep_hash(Pair()) == "416d35114317ae0acc520831d6c0fd26ed6d0c4016fd24a06dfc5151f26165fe"
+    assert deep_hash({"p": [Pair(a=2, b="x")]}) == (
+        "27cd660146b9086b2f0d154a696d0d3bd7fbfe2bf2f2acf31a7fba89d52a1f08"
+    )
+    assert deep_hash(Kind.X) == "736db749868c459972c3c94ca79156f1b6c414c4bd91e48a1fa817743a13f66c"
 
 
 def test_what_changes_no_answer_is_left_out_as_cachesaver_does():

@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 
 import diskcache
+import forked
 import pytest
 
 from cachepipe import (
@@ -515,14 +516,14 @@ def open_folder():
 def test_a_folder_that_cannot_be_written_serves_hits_and_says_why_it_cannot_store(open_folder, wal):
     """For real: by a process of a user who may not write."""
     if wal:
-        subprocess.run([sys.executable, "-c", WRITER, str(open_folder)], check=False)
+        forked.run([sys.executable, "-c", WRITER, str(open_folder)], check=False)
         assert (open_folder / "cache.db-wal").stat().st_size > 0
     else:
         asked(open_folder, "known", model=Model("known!"))
     for path in (open_folder, *open_folder.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
     before = sorted((path.name, path.stat().st_mtime_ns) for path in open_folder.rglob("*"))
-    process = subprocess.run(
+    process = forked.run(
         [sys.executable, "-c", READER, str(open_folder)], capture_output=True, text=True, check=False
     )
     assert process.returncode == 0, process.stderr
@@ -614,7 +615,7 @@ sys.stdin.readline()
 
 def test_eight_processes_make_one_folder_at_once(folder):
     processes = [
-        subprocess.Popen(
+        forked.Popen(
             [sys.executable, "-W", "error", "-c", CREATOR, str(folder), str(number)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -684,7 +685,7 @@ print(json.dumps([first, theirs, ours, os.getpid()]))
 
 def test_a_forked_child_uses_the_store_and_is_another_run(folder):
     """It replays its parent's first draw, and the parent goes on undisturbed."""
-    process = subprocess.run(
+    process = forked.run(
         [sys.executable, "-W", "ignore", "-c", FORK, str(folder)], capture_output=True, text=True, check=False
     )
     assert process.returncode == 0, process.stderr
@@ -734,7 +735,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def test_a_child_forked_in_mid_call_awaits_the_sample_of_its_parent(folder):
-    process = subprocess.run(
+    process = forked.run(
         [sys.executable, "-W", "ignore", "-c", FORK_IN_FLIGHT, str(folder)],
         capture_output=True,
         text=True,
@@ -912,7 +913,74 @@ def test_a_folder_opened_twice_is_still_open_for_other_processes(tmp_path):
     asked(store, "known")
     DiskStore(tmp_path).close()
     code = "import sys, cachepipe; cachepipe.DiskStore(sys.argv[1]).close()"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
+    forked.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
     logs = sorted(path.name for path in tmp_path.glob("*-wal"))
     store.close()
     assert logs == ["cache.db-wal", "ledger.cache.db-wal"]
+
+
+def traced(store):
+    """Return a list that gets every statement which this thread makes on a store from now on."""
+    seen = []
+    for connection in (*store._writable(), *store._readable()):
+        connection.set_trace_callback(seen.append)
+    return seen
+
+
+def test_a_known_draw_takes_one_statement_also_when_its_question_was_not_asked_before(folder):
+    asked(folder, "p", "q", namespace="known")
+    store = DiskStore(folder)
+
+    async def run():
+        async with OnlineAPI(Model(), store) as pipeline:
+            await pipeline.request(Request("p", namespace="known"))  # looks at the lease of its draw
+            seen = traced(store)
+            response = await pipeline.request(Request("q", namespace="known"))
+            return response, [*seen]
+
+    response, seen = asyncio.run(run())
+    store.close()
+    assert response.cached == [True]
+    assert [statement.split()[0] for statement in seen] == ["SELECT"]
+
+
+def test_a_new_draw_of_a_stored_sample_takes_one_look_and_one_transaction_of_two_inserts(folder):
+    """Once a run has made several new draws, the next one is claimed without a look."""
+    prompts = [f"q{number}" for number in range(6)]
+    asked(folder, *prompts, namespace="first")
+    store, model = DiskStore(folder), Model()
+
+    async def run():
+        async with OnlineAPI(model, store) as pipeline:
+            for prompt in prompts[:-1]:
+                await pipeline.request(Request(prompt, namespace="second"))
+            seen = traced(store)
+            return await pipeline.request(Request(prompts[-1], namespace="second")), [*seen]
+
+    response, seen = asyncio.run(run())
+    store.close()
+    assert response.cached == [True]
+    assert model.calls == 0
+    kinds = [" ".join(statement.split()[: 3 if "INTO" in statement else 1]) for statement in seen]
+    looks = ["BEGIN", "PRAGMA", "SELECT", "SELECT", "SELECT"]  # the key, the draw with its sets, the sample
+    assert kinds == [*looks, "INSERT INTO segments", "INSERT INTO intervals", "COMMIT"]
+
+
+def test_c2_a_known_draw_after_many_new_ones_is_found_also_while_another_process_writes(folder):
+    prompts = [f"q{number}" for number in range(8)]
+    first = asked(folder, *prompts, namespace="n")
+    store, model = DiskStore(folder), Model()
+
+    async def run():
+        async with OnlineAPI(model, store) as pipeline:
+            for prompt in prompts:
+                await pipeline.request(Request(prompt, namespace="other"))
+            with contextlib.closing(sqlite3.connect(folder / "ledger.cache.db")) as another:
+                another.execute("BEGIN IMMEDIATE")
+                return [await pipeline.request(Request(prompt, namespace="n")) for prompt in prompts]
+
+    again = asyncio.run(run())
+    store.close()
+    assert [response.data for response in again] == [response.data for response in first]
+    assert all(response.cached == [True] for response in again)
+    assert model.calls == 0

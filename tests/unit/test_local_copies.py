@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import threading
 import time
@@ -10,6 +11,7 @@ import warnings
 
 import pytest
 
+import cachepipe
 from cachepipe import Batch, OnlineAPI, Request
 from cachepipe.contract.draws import SHARED, Draw, label
 from cachepipe.contract.intervals import IntervalSet
@@ -154,6 +156,32 @@ def test_a_rerun_of_a_worker_makes_no_round_trip_for_known_draws(engine, start, 
     begin_run(again)
     count, same = asyncio.run(run(again, ScriptedModel()))
     assert same == data
+    assert count <= 2, "it asks for changes once, and which processes are alive"
+
+
+def test_a_run_that_begins_while_a_loop_is_busy_asks_for_changes_and_not_for_draws(
+    engine, start, monkeypatch
+):
+    def read_soon(reads, then):
+        asyncio.get_running_loop().call_soon(then, engine.read(reads))
+        return True
+
+    monkeypatch.setattr(engine, "read_soon", read_soon)
+    requests = [Request(f"p{number}") for number in range(20)]
+
+    async def main():
+        store = start()
+        async with OnlineAPI(ScriptedModel(), store, ordered=False) as pipeline:
+            await pipeline.batch_request(Batch(requests))
+            store.session.local.follow()
+            store.session.expects_new = False  # as after known draws that were not copied
+            with cachepipe.run():
+                before = engine.trips
+                responses = [await pipeline.request(request) for request in requests]
+                return engine.trips - before, [response.cached for response in responses]
+
+    count, cached = asyncio.run(main())
+    assert cached == [[True]] * 20
     assert count <= 2, "it asks for changes once, and which processes are alive"
 
 
@@ -622,6 +650,62 @@ def test_copies_that_were_used_longest_ago_are_deleted_first(start, tmp_path, mo
     assert on_a_loop(store, drawn("11 99")) is not None
     assert on_a_loop(store, drawn("0 1")) is None
     assert on_a_loop(store, drawn("0 0")) is not None, "it was used lately"
+
+
+def leave(start, days, *, size=0, of=None):
+    """Make the copies of another store, of at least so many bytes, which is used last so many days ago."""
+    store = start(of=of or MemoryEngine())
+    for number in range(1 + size // 100_000):
+        grant = claim(store, drawn(str(number)))
+        store.write([Commit(KEY, index, b"x" * 100_000, {}) for index in grant.mine])
+    store.session.local.follow()
+    copies = store.session.local._copies
+    path = copies._path(copies._number)
+    store.close()
+    os.utime(path, (time.time() - 86_400 * days,) * 2)
+    return path
+
+
+def test_copies_of_stores_that_were_not_used_for_a_month_are_deleted(start, tmp_path):
+    old, recent = leave(start, 31), leave(start, 29)
+    start()
+    assert not old.exists()
+    assert recent.exists()
+    assert not [path for path in (tmp_path / "one").iterdir() if path.name.startswith(old.name)]
+
+
+def test_copies_that_a_process_uses_are_not_deleted(start, engine):
+    path = leave(start, 31, of=engine)
+    used = start()
+    begin_run(used)
+    os.utime(path, (0, 0))
+    start(of=MemoryEngine(), megabytes=0.01)
+    assert path.exists()
+    assert payloads(on_a_loop(used, drawn("0"))) is not None
+    used.close()
+    os.utime(path, (0, 0))
+    start(of=MemoryEngine())
+    assert not path.exists()
+
+
+def test_all_copies_together_take_the_size_that_was_given(start):
+    first, second, third = (leave(start, days, size=400_000) for days in (1, 3, 2))
+    start(megabytes=1.4)
+    assert [path.exists() for path in (first, second, third)] == [True, False, True], "the oldest goes"
+    start(megabytes=0.1)
+    assert not first.exists()
+    assert not third.exists()
+
+
+def test_a_file_that_was_replaced_is_deleted(start, engine, tmp_path):
+    path = leave(start, 0, of=engine)
+    later = path.with_name(path.name.replace("-0.db", "-1.db"))
+    path.rename(later)
+    path.touch()
+    store = start()
+    begin_run(store)
+    assert payloads(on_a_loop(store, drawn("0"))) is not None
+    assert files(tmp_path / "one") == [later]
 
 
 # Threads.

@@ -9,6 +9,7 @@ import subprocess
 import time
 
 import pytest
+from google.genai import types
 from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion
@@ -91,6 +92,13 @@ def test_c12_a_pickle_that_runs_something_is_refused(hostile, protocol, tmp_path
         (b"(Vtouch owned\nios\nsystem\n.", "the opcode INST"),
         (b"copenai.types.chat\nChatCompletion\n(S'x'\ntR.", "the opcode"),
         (b"copenai.types.chat\nChatCompletion\n)R.", "the opcode REDUCE"),
+        (b"cgoogle.genai.types\nFinishReason\n)R.", "the opcode REDUCE"),
+        (b"cgoogle.genai.types\nFinishReason\n(VSTOP\nVx\ntR.", "the opcode REDUCE"),
+        (b"cgoogle.genai.types\nFinishReason\n(cgoogle.genai.types\nPart\ntR.", "the opcode REDUCE"),
+        (b"cgoogle.genai.types\nFinishReason\nVSTOP\nR.", "the opcode REDUCE"),
+        (b"VSTOP\n(VSTOP\ntR.", "the opcode REDUCE"),
+        (b"cgoogle.genai.client\nClient\n(VSTOP\ntR.", "names google.genai.client.Client"),
+        (b"ctorch._utils\n_rebuild_tensor_v2\n)R.", "it holds tensors"),
         (b"\x80\x02copenai.types.chat\nChatCompletion\nK\x01\x85\x81.", "an instance with arguments"),
         (b"\x80\x02copenai.types.chat os\nsystem\n.", "names openai.types.chat.os system"),
         (b"\x80\x02copenai.types\n__subclasses__\n.", "names openai.types.__subclasses__"),
@@ -111,6 +119,10 @@ def test_c12_a_pickle_that_runs_something_is_refused(hostile, protocol, tmp_path
 def test_c12_what_is_not_data_is_refused_in_a_sentence(data, told):
     with pytest.raises(BadPickle, match=told):
         read(data)
+
+
+def test_a_member_of_an_enumeration_of_google_is_its_string():
+    assert read(pickle.dumps([types.FinishReason.STOP])) == ["STOP"]
 
 
 def test_c12_deep_nesting_and_cycles_are_refused():
@@ -144,7 +156,6 @@ def test_c12_any_bytes_are_data_or_an_error():
 
 def test_only_data_opcodes_are_known():
     runs = {
-        "REDUCE",
         "OBJ",
         "INST",
         "NEWOBJ_EX",

@@ -72,6 +72,31 @@ def test_behind_another_host_a_provider_s_name_of_a_model_tells_its_price(model,
     assert prices.cost_of(COUNTS, model, url) == pytest.approx(cost)
 
 
+SOLD = {
+    "OpenAI": "gpt-4o-mini",
+    "Anthropic": "claude-sonnet-4-5",
+    "Gemini": "gemini-2.5-flash",
+    "Together": "meta-llama/Llama-3.3-70B-Instruct-Turbo",
+    "Groq": "llama-3.3-70b-versatile",
+    "OpenRouter": "openai/gpt-4o-mini",
+    "Cerebras": "llama-3.3-70b",
+    "DeepSeek": "deepseek-chat",
+    "Fireworks": "accounts/fireworks/models/deepseek-v3p2",
+    "Mistral": "mistral-small-latest",
+    "Moonshot": "kimi-k2-0905-preview",
+    "Perplexity": "sonar",
+    "XAI": "grok-3",
+}
+"""A model of each provider whose prices the table has."""
+
+
+@pytest.mark.parametrize("name", SOLD)
+def test_the_prices_of_a_provider_are_known_at_its_url(name):
+    path = {"Anthropic": "messages", "Gemini": f"v1beta/models/{SOLD[name]}:generateContent"}
+    url = f"{PRESETS[name].url}/{path.get(name, 'chat/completions')}"
+    assert prices.cost_of(COUNTS, SOLD[name], url) > 0
+
+
 def test_a_date_that_the_table_does_not_list_changes_no_price():
     dated = prices.cost_of(COUNTS, "gpt-5-mini-2031-01-01", OPENAI)
     assert dated == prices.cost_of(COUNTS, "gpt-5-mini", OPENAI) > 0

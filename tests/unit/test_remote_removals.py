@@ -9,7 +9,7 @@ from cachepipe.contract.keys import Question
 from cachepipe.errors import StoreError
 from cachepipe.removing import forget, prune
 from cachepipe.runs import Occurrences
-from cachepipe.stores.base import Claim, Commit, Drop, Dropped, Erase, ReleaseHold, Withdraw
+from cachepipe.stores.base import Claim, Commit, Drop, Dropped, Erase, RecordRemoval, ReleaseHold, Withdraw
 from cachepipe.stores.remote import local
 from cachepipe.stores.remote.engine import Unreachable
 from cachepipe.stores.remote.session import Session
@@ -207,11 +207,63 @@ def test_a_namespace_that_was_forgotten_is_copied_again_when_it_has_drawn_anew(s
     assert machine.session.local.recall(drawn("a"), 2).indices == [0, 1]
 
 
+def test_a_question_that_was_deleted_is_copied_again_when_it_is_asked_anew(start, store):
+    """Also on a machine that has learnt of the removal; what it read before is not copied."""
+    one, two = start("one"), start("two")
+    two.session.local.sync()
+    assert two.recall(drawn("a"), 2).indices == [0, 1]  # it is to be copied
+    forget(one, "x")
+    forget(one, "y")
+    prune(one)
+    assert one.question(KEY) is None
+    for machine in (one, two):
+        Occurrences()  # a run begins
+        machine.session.local.follow()
+        assert machine.session.local.recall(drawn("a"), 2) is None
+    fill(one, drawn("a"), 2)
+    for machine in (one, two):
+        machine.session.local.follow()
+        assert machine.recall(drawn("a"), 2).indices == [0, 1]
+        machine.session.local.follow()
+        assert machine.session.local.recall(drawn("a"), 2).indices == [0, 1]
+
+
 def test_many_samples_of_one_question_are_deleted(start, store):
     store.write([Withdraw(KEY, [label("x"), label("y")])])
     store.write([Commit(KEY, None, b"extra", {}) for _ in range(1200)])
     assert prune(store).samples == 1202
     assert store.session.engine.rows[KEY] == {}, "nothing is left of the question"
+
+
+def test_c6_of_two_commands_that_remove_at_once_one_is_refused(engine, start, store):
+    """Otherwise both would count what the samples have cost that they delete."""
+    other, refused = start(), []
+    emptied(store)
+
+    def begin_another():
+        with pytest.raises(StoreError, match="another command is removing something") as told:
+            prune(other)
+        refused.append(told)
+
+    before_next_swap(engine, lambda: before_next_swap(engine, begin_another))  # the first swap is the record
+    assert prune(store).questions_deleted == 1
+    assert len(refused) == 1
+    assert prune(other).questions == 0
+    [record] = store.removals()
+    assert (record["done"], record["deleting"]) == (True, [])
+    assert "lease" not in record
+
+
+def test_a_command_whose_predecessor_was_killed_is_not_refused(engine, start, store):
+    first = start()
+    emptied(store)
+    name, document = "killed", b'{"id":"killed","at":1.0,"deleting":[],"spent":[]}'
+    first.write([RecordRemoval(name, document, running=True)])
+    with pytest.raises(StoreError, match="another command is removing something"):
+        prune(store)
+    engine.close_lease(first.session.lease())
+    store.session._others.clear()
+    assert prune(store).questions_deleted == 1
 
 
 # Whole questions.

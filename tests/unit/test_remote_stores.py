@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import threading
 
@@ -22,7 +23,7 @@ from cachepipe.stores.base import (
     ReleaseLease,
 )
 from cachepipe.stores.remote import rows, similar
-from cachepipe.stores.remote.engine import TURN, Read, Swap, Unreachable
+from cachepipe.stores.remote.engine import SAMPLE, TURN, Read, Swap, Unreachable
 from cachepipe.stores.remote.made import MadeDraws
 from cachepipe.stores.remote.session import Session, patiently
 from cachepipe.stores.remote.spool import Spool
@@ -683,3 +684,63 @@ def test_the_draws_that_a_process_counts_are_bounded():
         assert made.may_hold(draw)
         assert len(made) <= 3
     assert [made.may_hold(drawn("c", namespace=namespace)) for namespace in "xyz"] == [True, True, False]
+
+
+# Listings.
+
+
+@pytest.fixture
+def scanned(engine, monkeypatch):
+    """The fields that scans of the store ask for, and the keys of which all rows are read."""
+    fields, keys = [], []
+    scan, rows_of = engine.scan, engine.rows_of
+    monkeypatch.setattr(
+        engine, "scan", lambda prefix, asked=(): (fields.append([*asked]), scan(prefix, asked))[1]
+    )
+    monkeypatch.setattr(engine, "rows_of", lambda asked: (keys.append([*asked]), rows_of(asked))[1])
+    return fields, keys
+
+
+def listed_in(store, count):
+    """Ask questions; return their keys, in this order."""
+    names = [f"k2-{number:064x}" for number in range(count)]
+    for name in names:
+        fill(store, Draw(label("x" if name == names[3] else None), name, "", 0))
+    return names
+
+
+def test_a_listing_reads_all_rows_only_of_the_questions_that_it_shows(store, scanned):
+    names = listed_in(store, 250)
+    fields, keys = scanned
+    found = store.keys(newest=True)
+    assert fields == [[rows.KNOWN]], "nothing but what they are sorted by"
+    assert [info.key for info in itertools.islice(found, 2)] == names[:-3:-1]
+    assert keys == [names[:149:-1]], "a page"
+    assert [(info.key, info.samples) for info in store.keys(namespace=label("x"))] == [(names[3], 1)]
+    assert keys[1:] == [[names[3]]]
+    assert [info.key for info in store.keys(holding=["WHY"])] == names
+    assert rows.QUESTION in fields[-1]
+
+
+def test_figures_are_summed_without_the_questions_and_the_samples(store, scanned):
+    listed_in(store, 5)
+    fields, keys = scanned
+    looked = []
+    store.looked = looked.append
+    assert store.totals() == {
+        "keys": 5,
+        "samples": 5,
+        "pending": 0,
+        "draws": 5,
+        "namespaces": 2,
+        "discarded": 0,
+    }
+    assert [(one.namespace, one.draws, one.samples) for one in store.namespaces()] == [
+        (None, 4, 4),
+        ("x", 1, 1),
+    ]
+    assert len(list(store.draws())) == 5
+    assert not {rows.QUESTION, rows.FIRST, SAMPLE}.intersection(*fields)
+    assert all(fields)
+    assert keys == []
+    assert looked == [1, 2, 3, 4, 5] * 3

@@ -50,6 +50,14 @@ def test_a_number_that_is_given_back_is_the_next_one():
     assert [counted.take(WHO) for _ in range(3)] == [0, 2, 4]
 
 
+def test_a_run_expects_a_new_draw_after_four_in_a_row():
+    counted, expected = Occurrences(), []
+    for new in (True, True, True, False, True, True, True, True, True, False):
+        counted.claimed(new=new)
+        expected.append(counted.expects_new)
+    assert expected == [False] * 7 + [True, True, False]
+
+
 @given(st.lists(st.booleans(), max_size=40), st.randoms())
 def test_no_number_is_held_twice_at_once(steps, random):
     counted, held = Occurrences(), []

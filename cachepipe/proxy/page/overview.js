@@ -1,12 +1,13 @@
 // What the proxy has done since its start, live; and the content of the cache.
 
 import { get } from "./api.js";
-import { el, listing, money, namespace, number, plural, share, table, when } from "./dom.js";
+import { el, line, listing, money, namespace, number, plural, share, table, when } from "./dom.js";
 
 const EVERY = 2000; // milliseconds between two requests for the counters
 const QUIET = 10_000; // milliseconds between two announcements to screen readers
 let paused = false;
 
+const MODELS = ["Model", "Tokens spent", "Tokens billed", "Tokens saved"];
 const COLUMNS = ["Namespace", "Hits", "Misses", "From the cache", "Tokens billed", "Tokens saved", "Last request"];
 
 function figure(label, kind) {
@@ -40,6 +41,8 @@ export async function overview(signal) {
   const bar = el("div", { class: "bar", "aria-hidden": "true" }, el("span", {}));
   const pause = el("button", { type: "button", "aria-pressed": String(paused) }, "Pause");
   const each = table("By namespace, since the start", COLUMNS);
+  const models = table("By model, since the start", MODELS);
+  const byModel = new Map();
   const none = el("p", { class: "quiet" }, "No requests yet. Use this server's address as the base URL of a tool.");
   const rows = new Map();
   let announced = -Infinity;
@@ -75,6 +78,15 @@ export async function overview(signal) {
       put(cells[4], tokens(counts.saved));
       put(cells[5], when(counts.last)?.textContent ?? "");
     }
+    for (const sums of total.models) {
+      const id = JSON.stringify([sums.model, sums.url]);
+      if (!byModel.has(id)) {
+        const name = el("span", { title: sums.url }, sums.model === null ? el("em", {}, "no name") : line(sums.model, 80));
+        byModel.set(id, models.row(name, "", "", "").slice(1));
+      }
+      ["spent", "billed", "saved"].forEach((kind, place) => put(byModel.get(id)[place], tokens(sums[kind])));
+    }
+    models.whole.hidden = byModel.size === 0;
     none.hidden = rows.size > 0;
     each.whole.hidden = rows.size === 0;
     const news = `${plural(total.hits, "hit")}, ${plural(total.misses, "miss", "misses")}.`;
@@ -112,12 +124,21 @@ export async function overview(signal) {
   show(await get("counters", {}, signal)); // an error here is shown instead of the view
   again();
   const stored = (await get("namespaces", {}, signal)).items;
-  const held = table("The whole cache", ["Namespace", "Draws", "Samples drawn", "Generated for it", "Reused"]);
+  const held = table("The whole cache", [
+    "Namespace", "Draws", "Samples drawn", "Generated for it", "Reused", "Tokens spent", "Tokens saved", "Tokens wasted",
+  ]);
+  const costs = new Map();
   for (const info of stored) {
     const link = listing({ namespace: info.namespace ?? "" }, namespace(info.namespace));
     const reused = info.samples - info.generated;
-    held.row(link, number(info.draws), number(info.samples), number(info.generated), share(reused, info.samples));
+    const cells = [number(info.draws), number(info.samples), number(info.generated), share(reused, info.samples)];
+    costs.set(info.namespace, held.row(link, ...cells, "…", "…", "…").slice(5));
   }
+  const priced = (sums) =>
+    ["spent", "saved", "wasted"].forEach((kind, place) => put(costs.get(sums.namespace)?.[place], tokens(sums[kind])));
+  get("stats", {}, signal) // it reads each sample of the cache
+    .then((stats) => stats.namespaces.filter((sums) => costs.has(sums.namespace)).forEach(priced))
+    .catch(() => costs.forEach((cells) => cells.forEach((cell) => put(cell, "–"))));
   return {
     title: "Overview",
     nodes: [
@@ -129,6 +150,7 @@ export async function overview(signal) {
       said,
       none,
       each.whole,
+      models.whole,
       stored.length ? held.whole : null,
     ],
   };

@@ -7,7 +7,7 @@ written. Nothing is written here: the session swaps the rows if those that were 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from cachepipe.accounting import RunSums
 from cachepipe.contract.allotment import Discarded, Segment, answers_alike
@@ -27,8 +27,14 @@ from cachepipe.stores.remote.rows import DrawRow, FirstRow
 Known = dict[bytes, bytes | None]
 """Rows by field, as they were last seen; None where there was no row."""
 
-_KEPT = frozenset({rows.KNOWN, rows.LISTED, rows.TAKEN, PENDING, rows.SUMS})
+_KEPT = frozenset({rows.KNOWN, rows.LISTED, rows.CHANGED, rows.TAKEN, PENDING, rows.SUMS})
 """The fields, or beginnings of fields, whose rows the next transaction of a key probably needs."""
+
+_KEPT_IF_USED = frozenset({rows.DRAW, rows.FIRST})
+"""Likewise, if a transaction has used them: the same draw of another namespace may come next."""
+
+LASTING = frozenset({rows.TAKEN, rows.DRAW, rows.FIRST})
+"""Likewise, even after a transaction that did not use them."""
 
 
 class Process(Protocol):
@@ -72,6 +78,8 @@ class Book:
         read: reads the rows of fields.
         read_all: reads all rows but the samples; it is slow.
         process: this process.
+        guess: whether other rows are taken to be missing, without reading them, and listed samples that are
+            not known to be pending to be stored. The swap finds out whether that is so.
 
     Attributes:
         whole: whether all pending indices are among the known rows.
@@ -88,12 +96,14 @@ class Book:
         *,
         whole: bool = False,
         lately: bool = False,
+        guess: bool = False,
     ) -> None:
         self.name = name
         self.known = known
         self.process = process
         self.whole = whole
         self.lately = lately
+        self.guess = guess
         self.read_all = read_all
         self._read = read
         self._shown: dict[bytes, bytes | None] = {}
@@ -104,6 +114,7 @@ class Book:
         self._firsts: dict[bytes, FirstRow] = {}
         self._changed: dict[bytes, Draw] = {}
         self._samples: dict[int, Sample | Discarded] = {}
+        self._wanted: list[bytes] = []
         self._all_shown = False
         self._withdrawn = False
 
@@ -126,7 +137,7 @@ class Book:
         return row
 
     def _stored(self, name: bytes) -> bytes | None:
-        if name not in self.known and not self._is_missing(name):
+        if name not in self.known and not self.guess and not self._is_missing(name):
             self.lately = False
             self.known[name] = self._read([name]).get(name)
         return self.known.get(name)
@@ -163,11 +174,33 @@ class Book:
         """Return the sample at an index, `DISCARDED`, or None."""
         found = self._samples.get(index)
         if found is None:
-            row = self.row(rows.numbered(SAMPLE, index))
+            name = rows.numbered(SAMPLE, index)
+            if self.guess and self._is_stored(index, name):
+                self._wanted.append(name)
+                found = self._samples[index] = Sample(index, "", b"", b"")  # `fulfil` brings the real one
+                return found
+            row = self.row(name)
             if row is None:
                 return None
             found = self._samples[index] = _load_sample(self.process, self.name, index, row)
         return found
+
+    def _is_stored(self, index: int, name: bytes) -> bool:
+        """Return True if a sample that was not read is probably stored."""
+        known = name in self.known or name in self._puts or self._is_missing(name)
+        return not known and index in self.indices(rows.LISTED)
+
+    def fulfil(self, found: Rows) -> dict[int, Sample] | None:
+        """Take the samples that the swap wanted; return them by index, or None if one is missing by now."""
+        samples: dict[int, Sample] = {}
+        for name in self._wanted:
+            index, row = int(name[len(SAMPLE) :]), found.get(name)
+            sample = None if row is None else _load_sample(self.process, self.name, index, row)
+            if not isinstance(sample, Sample):
+                return None
+            samples[index] = sample
+        self._samples.update(samples)
+        return samples
 
     def author(self, index: int) -> int | None:
         """Return the lease of the process that generates a sample, or None."""
@@ -311,7 +344,9 @@ class Book:
             self._show(rows.CHANGED)  # what was read must not be removed meanwhile, nor changed twice
         deletes, whole = [*self._deletes], self._count() if self._all_shown else None
         nonce = new_id().encode()
-        return Swap(self.name, nonce, fair, self._shown, self._puts, deletes, wakes, changes, whole)
+        return Swap(
+            self.name, nonce, fair, self._shown, self._puts, deletes, wakes, changes, whole, self._wanted
+        )
 
     def _count(self) -> int:
         """Return how many rows there are but samples and pending indices."""
@@ -332,6 +367,11 @@ class Book:
         before = DrawRow.loads(self.name, name, rows.unpack(self.name, name, row))
         return not answers_alike([*before.segments.values()], [*self.draw(draw).segments.values()])
 
+    @property
+    def begins(self) -> bool:
+        """Whether the question is asked for the first time, or anew after it was deleted."""
+        return rows.KNOWN in self._puts and self.known.get(rows.KNOWN) is None
+
     def announced(self, number: int) -> None:
         """Note the number of the change that the swap makes."""
         self.put(rows.CHANGED, rows.dump_change(number))
@@ -343,7 +383,17 @@ class Book:
     def written(self) -> Known:
         """Return the known rows after the swap that are worth remembering."""
         left = {**self.known, **self._puts, **dict.fromkeys(self._deletes)}
-        return {name: row for name, row in left.items() if name[:2] in _KEPT}
+        used = {**self._shown, **self._puts}
+        return {
+            name: row
+            for name, row in left.items()
+            if name[:2] in _KEPT or (name[:2] in _KEPT_IF_USED and name in used)
+        }
+
+    def corrected(self, current: Rows) -> Known:
+        """Return the rows that are worth remembering after a conflict, with the current ones that it told."""
+        left = {**self.known, **dict.fromkeys(self._shown), **current}
+        return {name: row for name, row in left.items() if name[:2] in _KEPT | LASTING}
 
     @property
     def shown(self) -> Iterable[bytes]:
@@ -502,7 +552,7 @@ class _Rows(DrawRows):
                 holders.update(current(lease) for _, lease, _ in row.holders)
                 for segment in row.segments.values():
                     makers.add(current(segment.lease))
-                    if segment.token is not None and segment.standing < len(segment.indices):
+                    if segment.token is not None:
                         holders.add(current(segment.lease))
         return holders, makers
 
@@ -674,12 +724,9 @@ class _Ledger(Ledger):
         self._asked(entry.scope, entry.document, at)
         return _Rows(self._book)
 
-    def put(self, samples: Sequence[tuple[str, Sample]]) -> bool:
-        if any(self._book.row(rows.numbered(SAMPLE, sample.index)) is not None for _, sample in samples):
-            return False
+    def put(self, samples: Sequence[tuple[str, Sample]]) -> None:
         for _, sample in samples:
             self._book.put_sample(sample)
-        return True
 
     def draw(self, draw: Draw) -> _Rows:
         return _Rows(self._book, draw)
@@ -716,6 +763,10 @@ class _Ledger(Ledger):
         for _ in keys:  # the book has one key
             self._book.delete_all()
         return [True] * len(keys)
+
+    def removals(self) -> list[dict[str, Any]]:
+        names = [name for name in self._book.show_all() if name.startswith(rows.REMOVAL)]
+        return [rows.loads(self._book.name, name, self._book.content(name) or b"") for name in names]
 
     def put_removal(self, name: str, document: bytes) -> None:
         self._book.put(rows.REMOVAL + name.encode(), document)
@@ -762,8 +813,9 @@ class StoredDraw(DrawView):
         row = known.get(name)
         self.segments = []
         if row is not None:
-            content = rows.unpack(draw.key, name, row)
-            self.segments += _load_draw(process, draw.key, name, content).segments.values()
+            self.segments = DrawRow.segments_in(draw.key, name, rows.unpack(draw.key, name, row))
+            for segment in self.segments:
+                process.see(segment.stamp)
 
     def sample(self, index: int) -> Sample | Discarded | None:
         """Return the sample at an index, `DISCARDED`, or None."""

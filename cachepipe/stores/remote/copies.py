@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sqlite3
 import stat
 import struct
@@ -55,6 +56,10 @@ _STATE: Final = b"state"
 _LOCK_TIMEOUT: Final = 5.0  # seconds to wait for another process that writes
 _USED: Final = 3600  # seconds for which a copy counts as just used
 _ROOM: Final = 0.9  # the share of its size that the file keeps when it is full
+_UNUSED: Final = 30 * 24 * 3600.0  # seconds after which a file that no process has opened is deleted
+_ENDINGS: Final = ("", "-wal", "-shm")  # of the files of a database
+_FILE: Final = re.compile(r"([0-9a-f]{16}-\d+)-(\d+)\.db")
+"""The name of a file: the store's digest with the format, and how many files came before it."""
 
 
 class Copy(NamedTuple):
@@ -96,6 +101,10 @@ class _State(NamedTuple):
     generation: int
 
 
+_FAULTS: Final = (sqlite3.Error, OSError, StoreError, TypeError, ValueError)
+"""What a file raises that cannot be used."""
+
+
 class Unusable(Exception):  # noqa: N818 - says what the file is
     """The file cannot be used; the message says why.
 
@@ -120,7 +129,8 @@ class Copies:
     Args:
         folder: the folder of the file; it is made.
         identity: identifies the store.
-        megabytes: the size of the file from which on the copies that were used longest ago are deleted.
+        megabytes: the size of the file from which on the copies that were used longest ago are deleted. If
+            all files of the folder are larger, opening this one deletes those of other stores.
 
     Raises:
         Unusable: when the file cannot be opened or made.
@@ -156,6 +166,8 @@ class Copies:
             with _ours(), leases.alone(self._folder):
                 if self._connections is None:  # another thread was not faster
                     self._connect(self._path(self._latest()))
+                    with contextlib.suppress(OSError):
+                        self._tidy()
         except Unusable as error:
             if not error.damaged:
                 raise
@@ -163,8 +175,8 @@ class Copies:
 
     def _latest(self) -> int:
         """Return the number of the latest file: one that is damaged is replaced by one with another name."""
-        numbers = [path.stem.rpartition("-")[2] for path in self._folder.glob(f"{self._name}-*.db")]
-        return max([int(number) for number in numbers if number.isdigit()], default=0)
+        found = [match for path in self._folder.iterdir() if (match := _FILE.fullmatch(path.name))]
+        return max([int(match[2]) for match in found if match[1] == self._name], default=0)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{self._name}-{number}.db"
@@ -201,9 +213,23 @@ class Copies:
         with _ours(), leases.alone(self._folder):
             damaged, latest = self._number, self._latest()
             self._connect(self._path(max(latest, damaged + 1)))
-            for ending in ("", "-wal", "-shm"):  # no later file has this name
-                with contextlib.suppress(OSError):
-                    Path(f"{self._path(damaged)}{ending}").unlink()
+            _unlink(self._path(damaged))  # no later file has this name
+
+    def _tidy(self) -> None:
+        """Delete other files that no process uses: old ones, replaced ones, and what is too much together.
+
+        The caller holds the lock of the folder, so no process opens a file meanwhile.
+        """
+        own = self._path(self._number)
+        os.utime(own)
+        found = {path: _stat(path) for path in self._folder.iterdir() if _FILE.fullmatch(path.name)}
+        total = sum(size for _, size in found.values())
+        others = sorted((used, path) for path, (used, _) in found.items() if path != own)
+        for used, path in others:
+            due = used < time.time() - _UNUSED or path.name.startswith(f"{self._name}-")
+            if (due or total > self._bytes) and _is_unused(path):
+                _unlink(path)
+                total -= found[path][1]
 
     def _opened(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
         """Return the connections that read and write; a forked child opens its own."""
@@ -266,8 +292,11 @@ class Copies:
         """
         key = rows.encoded(draw.key)
         place = xxh3_64_intdigest(b"%b\0%b" % (key, name)) - _HALF
-        with _ours(), self._lock:
-            found = self._opened()[0].execute(_GET, (place,)).fetchone()
+        try:  # what `_ours` does, in a fraction of its time
+            with self._lock:
+                found = self._opened()[0].execute(_GET, (place,)).fetchone()
+        except _FAULTS as error:
+            raise _unusable(error) from error
         if found is None or found[0] != xxh3_64_intdigest(key) - _HALF:
             return None
         if type(found[1]) is int and found[1] < time.time() - _USED:
@@ -370,6 +399,17 @@ class Copies:
         with self._transaction() as connection:
             self._apply(connection, changes)
 
+    def changed(self, key: str) -> int:
+        """Return the number of the last change of a key that the file knows; 0 if it knows none.
+
+        Raises:
+            Unusable: when the file cannot be read.
+        """
+        name = xxh3_64_intdigest(rows.encoded(key)) - _HALF
+        with _ours(), self._lock:
+            found = self._opened()[0].execute(_CURRENT, (name,)).fetchone()
+        return 0 if found is None else int(found[0])
+
     @staticmethod
     def _apply(connection: sqlite3.Connection, changes: Iterable[tuple[int, str]]) -> None:
         for number, key in changes:
@@ -407,8 +447,41 @@ def _ours() -> Iterator[None]:
     """Raise our error for those of a file."""
     try:
         yield
-    except (sqlite3.Error, OSError, StoreError, TypeError, ValueError) as error:
+    except _FAULTS as error:
         raise _unusable(error) from error
+
+
+def _stat(path: Path) -> tuple[float, int]:
+    """Return when a database was written or opened last, and its size; zeros if it has gone."""
+    used, size = 0.0, 0
+    for ending in _ENDINGS:
+        with contextlib.suppress(OSError):
+            found = Path(f"{path}{ending}").lstat()
+            used, size = max(used, found.st_mtime), size + found.st_size
+    return used, size
+
+
+def _is_unused(path: Path) -> bool:
+    """Return True if no connection to a database is open, in any process."""
+    connection = sqlite3.connect(path, timeout=0, isolation_level=None)
+    try:
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        connection.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError:
+        return False
+    except sqlite3.DatabaseError:
+        return True  # nobody can use it
+    else:
+        return True
+    finally:
+        connection.close()
+
+
+def _unlink(path: Path) -> None:
+    """Delete the files of a database."""
+    for ending in _ENDINGS:
+        with contextlib.suppress(OSError):
+            Path(f"{path}{ending}").unlink()
 
 
 def _size(connection: sqlite3.Connection) -> int:

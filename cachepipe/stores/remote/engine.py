@@ -88,6 +88,8 @@ class Swap:
             row was added that was not read.
         wakes: whether those who listen are told, as somebody may wait for what is written.
         changes: whether a draw that was answered before is answered otherwise afterwards; see `Changes`.
+        wants: the fields of samples that were not read. The swap is only performed if they are stored, and
+            not discarded; it then returns their rows.
     """
 
     key: str
@@ -99,6 +101,7 @@ class Swap:
     wakes: bool = False
     changes: bool = False
     whole: int | None = None
+    wants: Sequence[bytes] = ()
 
 
 class Conflict(NamedTuple):
@@ -184,12 +187,35 @@ class Engine(Protocol):
         """
         ...
 
-    def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
-        """Perform each swap whose expected rows are current, as a whole; return None for it.
+    def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | Rows | None]:
+        """Perform each swap whose expected rows are current, as a whole.
 
         Args:
             swaps: the swaps, each of another key.
             who: the lease of the process.
+
+        Returns:
+            For each that was performed the rows that it wants, None if it wants none; else the conflict.
+        """
+        ...
+
+    def swap_soon(
+        self,
+        swaps: Sequence[Swap],
+        who: int,
+        then: Callable[[Sequence[Conflict | Rows | None] | None], object],
+    ) -> bool:
+        """Perform swaps as `swap` does, on the running event loop and without waiting.
+
+        They leave no receipts, so they must not be tried twice.
+
+        Args:
+            swaps: the swaps.
+            who: the lease of the process.
+            then: gets the answers in a later turn of the loop, or None if it is not known what was performed.
+
+        Returns:
+            False if this is not possible now; then `swap` is, in a thread.
         """
         ...
 
@@ -229,8 +255,8 @@ class Engine(Protocol):
         """Return the servers that are written to now. One with another history may have lost writes."""
         ...
 
-    def rows_of(self, key: str) -> Rows:
-        """Return all rows of a key but the samples."""
+    def rows_of(self, keys: Sequence[str]) -> list[Rows]:
+        """Return all rows of each key but the samples, as of one moment per key."""
         ...
 
     def samples_of(self, key: str) -> list[bytes]:
@@ -240,7 +266,8 @@ class Engine(Protocol):
     def scan(self, prefix: str, fields: Sequence[bytes] = ()) -> Iterator[tuple[str, Rows]]:
         """Iterate over the keys with a prefix, in any order, with all rows but the samples.
 
-        With fields, only these rows are read. A key that is written meanwhile may come twice.
+        With fields, only these rows are read; a field that ends with ``/`` stands for all that begin with it.
+        A key that is written meanwhile may come twice.
         """
         ...
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import struct
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
+
+from xxhash import xxh3_64_intdigest
 
 from cachepipe.accounting import RunSums
 from cachepipe.contract.allotment import indices_of
@@ -31,35 +34,53 @@ from cachepipe.stores.remote.session import REMOVALS, RUN, Session
 from cachepipe.stores.remote.similar import SimilarQuestions, question_in
 
 _WHOLE: Final = 64  # characters that only a whole key has
-_PAGE: Final = 100  # samples that are read in one round trip
+_PAGE: Final = 100  # samples, or questions, that are read in one round trip
+_SHORT: Final = 20  # samples of a question that are read together with those of others
+_DRAWS: Final = (rows.KNOWN, rows.DRAW)
+_COUNTED: Final = (*_DRAWS, rows.LISTED, rows.TAKEN, rows.WHY, PENDING)
+_HELD: Final = (rows.KNOWN, rows.LISTED, rows.TAKEN)
 
 
 class Listing:
-    """Iterates over the content of a shared store. Each listing reads all keys that it may name."""
+    """Iterates over the content of a shared store. Each listing looks at all keys that it may name.
+
+    Attributes:
+        looked: is called with the number of questions that a listing has looked at, whenever it grows.
+    """
 
     session: Session
+    looked: Callable[[int], object] = staticmethod(lambda _: None)
     _similar: SimilarQuestions
 
     def _check(self) -> None:
         """Raise a ``StoreError`` if the store was closed."""
         raise NotImplementedError
 
-    def _keys(self, prefix: str = "") -> Iterator[_Key]:
-        """Iterate over the questions whose keys have a prefix, in any order."""
+    def _keys(self, fields: Sequence[bytes], prefix: str = "") -> Iterator[_Key]:
+        """Iterate over the questions whose keys have a prefix, in any order, with the rows of some fields."""
         self._check()
         if len(prefix) >= _WHOLE and (one := self._key(prefix)) is not None:
             yield one
             return
-        seen: set[str] = set()
-        for name, found in self.session.engine.scan(prefix):
-            if rows.KNOWN in found and name not in seen and not name.startswith(RUN):
-                seen.add(name)
+        seen: set[int] = set()
+        for name, found in self.session.engine.scan(prefix, fields):
+            if rows.KNOWN in found and not name.startswith(RUN) and (digest := _digest(name)) not in seen:
+                seen.add(digest)
+                self.looked(len(seen))
                 yield _Key(name, found)
 
     def _key(self, key: str) -> _Key | None:
+        return next(self._all_of([key]), None)
+
+    def _all_of(self, keys: Iterable[str]) -> Iterator[_Key]:
+        """Iterate over those of the keys that exist, with all rows but the samples."""
         self._check()
-        found = self.session.asked(lambda: self.session.engine.rows_of(key))
-        return _Key(key, found) if rows.KNOWN in found else None
+        left = iter(keys)
+        while page := list(itertools.islice(left, _PAGE)):
+            found = self.session.asked(lambda page=page: self.session.engine.rows_of(page))  # type: ignore[misc]
+            for key, there in zip(page, found, strict=True):
+                if rows.KNOWN in there:
+                    yield _Key(key, there)
 
     def keys(
         self,
@@ -80,14 +101,19 @@ class Listing:
             holding: only questions whose documents contain these texts; the case of ASCII does not matter.
         """
         texts = [encode(text)[1:-1].lower() for text in holding]
-        found = [
-            one.info()
-            for one in self._keys(prefix)
+        fields = [rows.KNOWN, *([rows.QUESTION] if texts else [])]
+        if namespace is not None:
+            fields.append(rows.taken_field(namespace))
+        found = [  # as bytes, which take the least memory: there may be millions
+            struct.pack(">d", one.at) + rows.encoded(one.name)
+            for one in self._keys(fields, prefix)
             if one.is_below(scope)
-            and (namespace is None or one.drawn_by(namespace))
+            and (namespace is None or fields[-1] in one.rows)
             and all(text in one.document.lower() for text in texts)
         ]
-        return iter(sorted(found, key=lambda info: (info.at, info.key), reverse=newest))
+        found.sort(reverse=newest)
+        names = (rows.decoded(each[8:]) for each in found)
+        return (one.info() for one in self._all_of(names) if namespace is None or one.drawn_by(namespace))
 
     def question(self, key: str) -> StoredQuestion | None:
         """Return the question of a key."""
@@ -144,6 +170,30 @@ class Listing:
                 if name in found:
                     yield index, found[name]
 
+    def _with_samples(self, ones: Iterator[_Key]) -> Iterator[tuple[_Key, Iterable[tuple[int, bytes]]]]:
+        """Iterate over questions with the rows of their samples; those of short lists are read together."""
+        while page := list(itertools.islice(ones, _PAGE)):
+            lists = [one.indices(rows.LISTED) for one in page]
+            short = [
+                Read(one.name, [rows.numbered(SAMPLE, index) for each in listed for index in range(*each)])
+                for one, listed in zip(page, lists, strict=True)
+                if _size(listed) <= _SHORT
+            ]
+            read = self.session.asked(lambda short=short: self.session.engine.read(short))  # type: ignore[misc]
+            there = {each.key: found for each, found in zip(short, read, strict=True)}
+            for one in page:
+                if one.name not in there:
+                    yield one, self._rows_of_samples(one.name, self._stored(one))
+                else:
+                    found = there[one.name]
+                    yield (
+                        one,
+                        [
+                            (index, found[rows.numbered(SAMPLE, index)])
+                            for index in rows.indices_in(found, SAMPLE)
+                        ],
+                    )
+
     def discards(self, key: str) -> Iterator[DiscardInfo]:
         """Iterate over the samples of a key that were discarded, by index."""
         one = self._key(key)
@@ -153,7 +203,7 @@ class Listing:
 
     def draws(self, key: str | None = None, namespace: str | None = None) -> Iterator[DrawInfo]:
         """Iterate over the ledger's draws, in order of creation; ``namespace`` is a label."""
-        found = self._keys() if key is None else filter(None, [self._key(key)])
+        found = self._keys(_DRAWS) if key is None else filter(None, [self._key(key)])
         infos = [info for one in found for info in one.draws(namespace)]
         return iter(sorted(infos, key=lambda info: info.at))
 
@@ -162,7 +212,7 @@ class Listing:
         draws: dict[str, list[int]] = {}
         first: dict[str, float] = {}
         samples: dict[str, int] = {}
-        for one in self._keys():
+        for one in self._keys((*_DRAWS, rows.TAKEN)):
             for info in one.draws():
                 label = info.draw.namespace
                 counts = draws.setdefault(label, [0, 0])
@@ -189,9 +239,9 @@ class Listing:
 
     def bought(self) -> Iterator[Bought]:
         """Iterate over all samples, the discarded ones too, as they count in what was spent."""
-        for one in self._keys():
+        for one, found in self._with_samples(self._keys(_HELD)):
             held = covered(sorted(itertools.chain.from_iterable(taken for _, taken in one.taken())))
-            for index, row in self._rows_of_samples(one.name, self._stored(one)):
+            for index, row in found:
                 try:
                     header, gone = rows.header_in(one.name, index, row)
                 except (DamagedCache, UnsafeRow):
@@ -219,7 +269,7 @@ class Listing:
         """
         names = sorted(
             one.name
-            for one in self._keys()
+            for one in self._keys([rows.KNOWN] if namespaces is None else [*_DRAWS, rows.USE])
             if one.name > after and (namespaces is None or one.concerns(namespaces))
         )
         yield from self.entries_of(names)
@@ -228,7 +278,7 @@ class Listing:
         """Iterate over the records of what commands have removed, the oldest first."""
         self._check()
         key = f"{RUN}{REMOVALS}"
-        found = self.session.asked(lambda: self.session.engine.rows_of(key))
+        [found] = self.session.asked(lambda: self.session.engine.rows_of([key]))
         records = [
             rows.loads(key, name, rows.unpack(key, name, row))
             for name, row in found.items()
@@ -240,7 +290,7 @@ class Listing:
         """Return how many keys, samples, pending samples, draws, namespaces and discards there are."""
         counts = dict.fromkeys(("keys", "samples", "pending", "draws", "namespaces", "discarded"), 0)
         labels: set[str] = set()
-        for one in self._keys():
+        for one in self._keys(_COUNTED):
             info = one.info()
             counts["keys"] += 1
             counts["samples"] += info.samples
@@ -276,6 +326,11 @@ class _Key(NamedTuple):
     @property
     def document(self) -> bytes:
         return self.content(rows.QUESTION)
+
+    @property
+    def at(self) -> float:
+        at: float = self.json(rows.KNOWN)[1]
+        return at
 
     def question(self) -> StoredQuestion:
         return question_in(self.name, self.rows)
@@ -318,6 +373,11 @@ class _Key(NamedTuple):
 def sample_indices(session: Session, key: str) -> list[int]:
     """Return the indices of the stored samples of a key, in order; the discarded ones are among them."""
     return rows.indices_in(session.asked(lambda: session.engine.samples_of(key)), SAMPLE)
+
+
+def _digest(key: str) -> int:
+    """Return what stands for a key among those that were seen, in less memory."""
+    return xxh3_64_intdigest(rows.encoded(key))
 
 
 def _size(intervals: Iterable[Interval]) -> int:

@@ -111,16 +111,17 @@ class LocalCopy:
         return None
 
     def _recalled(self, draw: Draw, n: int) -> Grant | None:
-        found = self._copies.get(draw, rows.draw_field(draw))
+        name = rows.draw_field(draw)
+        found = self._copies.get(draw, name)
         if found is None:
             return None
         row, samples = found
-        known: Known = {rows.draw_field(draw): row}
+        known: Known = {name: row}
         stored = StoredDraw(draw, known, self._process)
         for index, sample in zip(indices_of(stored.segments), samples, strict=False):
             known[rows.numbered(SAMPLE, index)] = sample
         grant = operations.recall(stored, n)
-        if grant is not None:
+        if grant is not None and self._alive:
             leases = {segment.lease for segment in stored.segments} & self._alive
             grant.shared = not all(map(self._process.is_own, leases))
         return grant
@@ -129,7 +130,16 @@ class LocalCopy:
         """Return True if copies may be used; ask for changes first if that is due."""
         if self._left_out:
             return False
-        return self.current or (time.monotonic() > self._failed + _PERIOD and self.sync())
+        return self.current or (self._may_ask() and self.sync())
+
+    @property
+    def lapsed(self) -> bool:
+        """Whether copies may be used as soon as somebody has asked for changes: a run has begun, or so."""
+        return not (self._left_out or self.current) and self._may_ask()
+
+    def _may_ask(self) -> bool:
+        """Return False shortly after the engine has not answered."""
+        return time.monotonic() > self._failed + _PERIOD
 
     # Changes.
 
@@ -175,6 +185,15 @@ class LocalCopy:
                 self._copies.forget(changes)
             except Unusable as error:
                 self._fail(error)
+
+    def changed(self, key: str) -> int:
+        """Return the number of the last change of a key that this machine knows; 0 if it knows none."""
+        if not self._left_out:
+            try:
+                return self._copies.changed(key)
+            except Unusable as error:
+                self._fail(error)
+        return 0
 
     # What is to be copied.
 

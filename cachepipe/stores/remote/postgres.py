@@ -34,6 +34,7 @@ from cachepipe.stores.remote.engine import (
     no_cache,
 )
 from cachepipe.stores.remote.rows import decoded, encoded
+from cachepipe.stores.tables import GONE
 
 try:
     import psycopg
@@ -247,23 +248,26 @@ class PostgresEngine:
         """Read: swaps of a key wait for each other in the server."""
         return self.read([read])[0]
 
-    def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
-        """Perform each swap whose expected rows are current, as a whole; return None for it.
+    def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | Rows | None]:
+        """Perform each swap whose expected rows are current, as a whole; see ``Engine.swap``.
 
         What is performed is one transaction.
         """
         expected, digests, puts, contents, deletes = _Fields(), _Texts(), _Fields(), _Texts(), _Fields()
+        wants = _Fields()
         for number, swap in enumerate(swaps, 1):
             for name, digest in swap.expected.items():
                 expected.add(number, name)
                 digests.append(digest or b"")
+            for name in swap.wants:
+                wants.add(number, name)
             for name, content in swap.puts.items():
                 puts.add(number, name)
                 contents.append(content)
             for name in swap.deletes:
                 deletes.add(number, name)
         answers = self._ask(
-            "select * from SCHEMA.swap(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
+            f"select * from SCHEMA.swap({', '.join(['%s'] * 18)})",
             [
                 _Texts(encoded(swap.key) for swap in swaps),
                 _Texts(swap.nonce for swap in swaps),
@@ -274,28 +278,36 @@ class PostgresEngine:
                 RECEIPT,
                 *expected,
                 digests,
+                *wants,
+                GONE,
                 *puts,
                 contents,
                 *deletes,
             ],
         )
         conflicts: dict[int, Conflict] = {}
+        wanted: dict[int, Rows] = {number: {} for number, swap in enumerate(swaps, 1) if swap.wants}
         for number, reserved, name, row in answers:
             if name is None:
                 conflicts[number] = Conflict({}, reserved)
-            else:
+            elif number in conflicts:
                 conflicts[number].rows[name] = row
+            else:
+                wanted[number][name] = row
         self._wake(
             [swap.key for number, swap in enumerate(swaps, 1) if swap.wakes and number not in conflicts]
         )
-        return [conflicts.get(number) for number in range(1, len(swaps) + 1)]
+        return [conflicts.get(number) or wanted.get(number) for number in range(1, len(swaps) + 1)]
 
-    def rows_of(self, key: str) -> Rows:
-        """Return all rows of a key but the samples."""
-        found = self._ask(
-            "select coalesce(long, field), content from SCHEMA.ledger where key = %s", [encoded(key)]
-        )
-        return dict(found)
+    def rows_of(self, keys: Sequence[str]) -> list[Rows]:
+        """Return all rows of each key but the samples."""
+        names = [encoded(key) for key in keys]
+        there: dict[bytes, Rows] = {name: {} for name in names}
+        for key, field, content in self._ask(
+            "select key, coalesce(long, field), content from SCHEMA.ledger where key = any (%s)", [names]
+        ):
+            there[key][field] = content
+        return [there[name] for name in names]
 
     def samples_of(self, key: str) -> list[bytes]:
         """Return the fields of all samples of a key, in any order."""
@@ -306,6 +318,8 @@ class PostgresEngine:
         """Iterate over the keys with a prefix, in order, with all rows but the samples, or some of them."""
         first = encoded(prefix)
         end = first[:-1] + bytes([first[-1] + 1]) if first else None  # UTF-8 has no byte 255
+        exact = [name for name in fields if not name.endswith(b"/")]
+        kinds = [name for name in fields if name.endswith(b"/")]  # of a letter each
         last: bytes | None = None
         while True:
             page: dict[bytes, Rows] = {}
@@ -313,9 +327,10 @@ class PostgresEngine:
                 "select k.key, coalesce(l.long, l.field), l.content from ("
                 "select key from SCHEMA.keys where key >= %s and (%s::bytea is null or key < %s) and "
                 "(%s::bytea is null or key > %s) order by key limit %s"
-                ") as k left join SCHEMA.ledger l on l.key = k.key and (%s or l.field = any (%s)) "
-                "order by k.key",
-                [first, end, end, last, last, _PAGE, not fields, [*fields]],
+                ") as k left join SCHEMA.ledger l on l.key = k.key and "
+                "(%s or l.field = any (array(select SCHEMA.short(f) from unnest(%s::bytea[]) f)) or "
+                "substring(l.field, 1, 2) = any (%s)) order by k.key",
+                [first, end, end, last, last, _PAGE, not fields, exact, kinds],
             ):
                 there = page.setdefault(key, {})
                 if name is not None:
@@ -368,6 +383,10 @@ class PostgresEngine:
         return int(size)
 
     # Changes.
+
+    def swap_soon(self, swaps: Sequence[Swap], who: int, then: Callable[[Any], object]) -> bool:  # noqa: ARG002 - see below
+        """Return False: it is swapped in a thread."""
+        return False
 
     def announce(self, keys: Sequence[str]) -> list[int]:
         """Announce a change of each key; return their numbers."""

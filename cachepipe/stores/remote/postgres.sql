@@ -109,10 +109,11 @@ $$;
 
 -- Performs swaps, each of another key; see engine.py. Expected digests are empty where there was no row, and
 -- the expected number of rows is -1 where it does not matter.
--- Returns for each swap that wrote nothing its number and whether its key is reserved, then the current rows.
+-- Returns for each swap that wrote nothing its number and whether its key is reserved, then the current rows;
+-- for the others the samples that they want.
 create function SCHEMA.swap(
   _keys bytea[], _nonces bytea[], _fair int[], _wholes int[], _who bigint, _turn float8, _receipt float8,
-  _of int[], _fields bytea[], _digests bytea[],
+  _of int[], _fields bytea[], _digests bytea[], _wants_of int[], _wants bytea[], _gone bytea,
   _puts_of int[], _puts bytea[], _contents bytea[], _deletes_of int[], _deletes bytea[]
 ) returns table (number int, reserved boolean, field bytea, content bytea) language plpgsql volatile
 set lock_timeout = '4s' set plan_cache_mode = force_generic_plan set enable_hashjoin = off set enable_mergejoin = off
@@ -144,6 +145,13 @@ begin
     left join SCHEMA.samples s on s.key = _keys[e.number] and s.field = e.field
     where coalesce(substring(coalesce(l.content, s.content), 1, 8), ''::bytea) <> e.digest
   );
+  if cardinality(_wants) > 0 then
+    _changed := _changed || array(
+      select distinct w.number from unnest(_wants_of, _wants) as w (number, field)
+      left join SCHEMA.samples s on s.key = _keys[w.number] and s.field = w.field
+      where coalesce(substring(s.content, 1, length(_gone)), _gone) = _gone
+    );
+  end if;
   if 0 <= any (_wholes) then
     _changed := _changed || array(
       select a.number::int from unnest(_keys, _wholes) with ordinality as a (key, whole, number)
@@ -176,6 +184,12 @@ begin
       left join SCHEMA.ledger l on l.key = _keys[e.number] and l.field = SCHEMA.short(e.field)
       left join SCHEMA.samples s on s.key = _keys[e.number] and s.field = e.field
       where _states[e.number] in (1, 2) and coalesce(l.field, s.field) is not null;
+  end if;
+  if cardinality(_wants) > 0 then
+    return query
+      select w.number, null::boolean, s.field, s.content from unnest(_wants_of, _wants) as w (number, field)
+      join SCHEMA.samples s on s.key = _keys[w.number] and s.field = w.field
+      where _states[w.number] in (0, 3);
   end if;
   insert into SCHEMA.ledger (key, field, long, content)
     select _keys[p.number], SCHEMA.short(p.field), nullif(p.field, SCHEMA.short(p.field)), p.content

@@ -217,17 +217,31 @@ class DrawRow:
         """Return the row with this content."""
         row = cls()
         try:
-            segments, holders = loads(key, name, content[content.index(b"\n") + 1 :])
-            for generated, *values in segments:
-                if values[-1] is not None:
-                    values[-1] = Place(*values[-1])
-                segment = Segment._make(values)
+            written, holders = loads(key, name, content[content.index(b"\n") + 1 :])
+            for generated, *values in written:
+                segment = _segment(values)
                 row.segments[segment.number] = segment
                 row.generated[segment.number] = generated
             row.holders = [(number, lease, token) for number, lease, token in holders]
         except (ValueError, TypeError) as error:
             raise _damaged(key, name) from error
         return row
+
+    @staticmethod
+    def segments_in(key: str, name: bytes, content: bytes) -> list[Segment]:
+        """Return only the segments of the row with this content."""
+        try:
+            written, _ = loads(key, name, content[content.index(b"\n") + 1 :])
+            return [_segment(values) for _, *values in written]
+        except (ValueError, TypeError) as error:
+            raise _damaged(key, name) from error
+
+
+def _segment(values: list[Any]) -> Segment:
+    """Return the segment with these values, as they were written."""
+    if values[-1] is not None:
+        values[-1] = Place(*values[-1])
+    return Segment._make(values)
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, Protocol, TypeGuard, TypeVar
+from typing import Any, Final, Never, Protocol, TypeGuard, TypeVar
 
 from cachepipe.contract.allotment import choose, lowest_listed_free
 from cachepipe.contract.draws import Draw
@@ -49,9 +49,19 @@ from cachepipe.stores.base import (
     Withdraw,
 )
 from cachepipe.stores.remote import rows
-from cachepipe.stores.remote.book import Book, Known, StoredDraw, ledger
+from cachepipe.stores.remote.book import LASTING, Book, Known, StoredDraw, ledger
 from cachepipe.stores.remote.copies import Copies
-from cachepipe.stores.remote.engine import DIGEST, PENDING, SAMPLE, Engine, Read, Rows, Swap, Unreachable
+from cachepipe.stores.remote.engine import (
+    DIGEST,
+    PENDING,
+    SAMPLE,
+    Conflict,
+    Engine,
+    Read,
+    Rows,
+    Swap,
+    Unreachable,
+)
 from cachepipe.stores.remote.failovers import Watch
 from cachepipe.stores.remote.local import LocalCopy
 from cachepipe.stores.remote.made import MadeDraws
@@ -63,6 +73,7 @@ PATIENCE: Final = 30.0
 """Seconds to wait for an engine that does not answer."""
 
 _REMEMBERED: Final = 4096  # keys whose rows are remembered
+_ROWS: Final = 32  # rows of a key that are remembered longer than for one transaction
 _ALIVE_FOR: Final = 0.25  # seconds for which a process that was found alive counts as alive
 _PAUSES: Final = (0.02, 1.0)  # seconds between two tries of an engine that does not answer: first, last
 _TURN: Final = 0.001  # seconds between two tries of a key that is reserved for another process
@@ -150,6 +161,7 @@ class Session:
         watch: watches the servers, which may lose that.
         ended: whether the last store that used the session was closed.
         expects_new: whether the draws that were claimed last were new, and so probably the next ones.
+        guesses: whether claims are decided on what is remembered: that would have been right the last time.
     """
 
     def __init__(
@@ -180,6 +192,7 @@ class Session:
         self._leasing = threading.Lock()
         self._remembered: OrderedDict[str, Known] = OrderedDict()
         self._contended: OrderedDict[str, float] = OrderedDict()  # until when, by key
+        self._swapping: set[str] = set()  # keys that loops are swapping
         self._made = MadeDraws()
         self._lease: int | None = None
         self.last_lease = 0
@@ -187,9 +200,11 @@ class Session:
         self._others: dict[int, tuple[Process, float]] = {}  # by lease, and when they were found alive
         self._dead: set[int] = {NOBODY}
         self._greatest = 0
+        self._stamping = threading.Lock()
         self.recent = Recent()
         self.watch = Watch(self.recent)
         self.expects_new = True
+        self.guesses = False
         self._ended = threading.Event()
 
     def inherit(self) -> None:
@@ -260,12 +275,15 @@ class Session:
 
     def stamp(self) -> int:
         """Return a stamp that is greater than every stamp seen so far."""
-        self._greatest = max(self.now(), self._greatest + 1)
-        return self._greatest
+        with self._stamping:
+            self._greatest = max(self.now(), self._greatest + 1)
+            return self._greatest
 
     def see(self, stamp: int) -> None:
         """Take note of a stamp."""
-        self._greatest = max(self._greatest, stamp)
+        if stamp > self._greatest:
+            with self._stamping:
+                self._greatest = max(self._greatest, stamp)
 
     def lease(self) -> int:
         """Return this process's lease; begin one if there is none."""
@@ -285,6 +303,11 @@ class Session:
     def current(self, lease: int) -> int:
         """Return this process's lease for one that it had before; another lease unchanged."""
         return self.lease() if lease in self._before else lease
+
+    @property
+    def open_lease(self) -> int | None:
+        """This process's lease, or None if there is none now."""
+        return self._lease
 
     def renew(self) -> bool:
         """Renew the lease; if it has ended, the next transaction begins another. Return False without one."""
@@ -315,7 +338,7 @@ class Session:
 
     def ask_about(self, leases: Iterable[int]) -> None:
         """Find out, in one round trip, which other processes are alive, as far as that is not known."""
-        unknown = self._unknown(leases)
+        unknown = self.unknown(leases)
         if not unknown:
             return
         for lease, name in zip(unknown, self.asked(lambda: self.engine.holders(unknown)), strict=True):
@@ -325,7 +348,7 @@ class Session:
             else:
                 self._others[lease] = (Process(name), time.monotonic())
 
-    def _unknown(self, leases: Iterable[int]) -> list[int]:
+    def unknown(self, leases: Iterable[int]) -> list[int]:
         """Return those of the leases of which it is not known whether their processes are alive."""
         recent = time.monotonic() - _ALIVE_FOR
         return sorted(
@@ -354,7 +377,39 @@ class Session:
         return self.asked(lambda: self.engine.read([Read(key, fields)]))[0]
 
     def _read_all(self, key: str) -> Rows:
-        return self.asked(lambda: self.engine.rows_of(key))
+        return self.asked(lambda: self.engine.rows_of([key]))[0]
+
+    def guess(self, key: str, asked: Sequence[Operation], *, waits: bool = True) -> Book | None:
+        """Return what is remembered of a key as if it were all there is; None if that is not worth trying.
+
+        Without a race, a process that makes new draws of a key knows all that decides about them, and a key
+        of which it knows nothing is new. So one round trip is enough if the guess is right.
+
+        Args:
+            key: the key.
+            asked: the operations.
+            waits: whether the engine may be asked for more; otherwise that raises `_WouldWait`.
+        """
+        if not self.guesses or not all(map(_only_reads, asked)):
+            return None
+        if key in self._swapping or self._is_contended(key):
+            return None
+        known = dict(self.remembered(key))
+        if not waits:
+            return Book(key, known, _wait, _wait, _Unwaiting(self), whole=True, guess=True)
+        read_all = partial(self._read_all, key)
+        return Book(key, known, partial(self._read, key), read_all, self, whole=True, guess=True)
+
+    def judge(self, book: Book, asked: Sequence[Operation]) -> None:
+        """Note whether a guess would have been right, from the rows that were read instead."""
+        if all(map(_only_reads, asked)) and book.name not in self._swapping:
+            names = [name for claim in asked for name in _fields_of(claim.draw)]  # type: ignore[union-attr]  # all are claims
+            self.guesses = _agree(self.remembered(book.name), book.known, names)
+
+    def is_stale(self, key: str, book: Book, current: Rows) -> bool:
+        """Return True if what is remembered of a key is not current: another process has swapped it."""
+        known = self.remembered(key)
+        return any(name in known and current.get(name) != known[name] for name in book.shown)
 
     def books(self, reads: Sequence[Read]) -> list[Book]:
         """Return the rows of keys, read in one round trip."""
@@ -367,7 +422,7 @@ class Session:
         A key that is contended is first reserved, as a decision on its rows would be in vain if another
         process swapped them meanwhile. Only one is: nobody waits for a key while it keeps others waiting.
         """
-        contended = len(reads) == 1 and self._contended.get(reads[0].key, 0.0) > time.monotonic()
+        contended = len(reads) == 1 and self._is_contended(reads[0].key)
         while contended:
             page = self.asked(lambda: self.engine.read_in_turn(reads[0], self.lease()))
             if page is not None:
@@ -375,10 +430,13 @@ class Session:
             self.pause()
         return self.asked(lambda: self.engine.read(reads))
 
+    def _is_contended(self, key: str) -> bool:
+        return self._contended.get(key, 0.0) > time.monotonic()
+
     def lost_race(self, key: str) -> None:
         """Note that another process has swapped a key meanwhile, or has reserved it."""
+        self._contended.pop(key, None)
         self._contended[key] = time.monotonic() + _CONTENDED
-        self._contended.move_to_end(key)
         if len(self._contended) > _REMEMBERED:
             self._contended.popitem(last=False)
 
@@ -437,9 +495,9 @@ class Session:
                     return
                 book.announced(self.announce([key])[0])
                 who = self.lease()
-                [conflict] = self.asked(lambda swap=swap, who=who: self.engine.swap([swap], who))  # type: ignore[misc]
+                [answer] = self.asked(lambda swap=swap, who=who: self.engine.swap([swap], who))  # type: ignore[misc]
                 self.remember(key, None)
-                if conflict is None:
+                if not isinstance(answer, Conflict):
                     return
         raise StoreError(f"key {key} is changed all the time by others; try again")
 
@@ -529,6 +587,49 @@ class Session:
         self._made.add(draw)
         return _has_free(draw, found)
 
+    def claim_soon(self, claims: Sequence[Claim], then: Callable[[list[Any]], object]) -> bool:
+        """Claim on the running event loop and without waiting, if a guess will probably do.
+
+        Args:
+            claims: the claims.
+            then: gets, in a later turn of the loop, the grant or the error of each claim; None for those that
+                must be claimed in another way. They may have been granted, as if by an earlier try.
+
+        Returns:
+            False if this is not possible now.
+        """
+        lease = self._lease
+        if lease is None or not (self.expects_new and self.guesses):
+            return False
+        transaction = _Transaction(self, claims)
+        try:
+            swaps = transaction.guessed()
+        except (StoreError, _WouldWait):
+            return False
+        if swaps is None:
+            return False
+
+        def answered(found: Sequence[Conflict | Rows | None] | None) -> None:
+            self._swapping.difference_update(swaps)
+            later = {key: self._remembered.get(key) for key in swaps}
+            results = transaction.answered(swaps, found)
+            for key, known in later.items():
+                if (
+                    known is not None and known is not before[key]
+                ):  # a thread has swapped the key after the loop
+                    self.remember(key, known)
+            if self.local is not None:
+                pairs = [pair for pair in zip(claims, results, strict=True) if pair[1] is not None]
+                self.local.learn([claim for claim, _ in pairs], [result for _, result in pairs])
+            then(results)
+
+        before = {key: self._remembered.get(key) for key in swaps}
+        self._swapping.update(swaps)
+        begun = self.engine.swap_soon([swap for _, swap in swaps.values()], lease, answered)
+        if not begun:
+            self._swapping.difference_update(swaps)
+        return begun
+
     def recalled(self, draw: Draw, n: int, found: Rows, *, waits: bool = True) -> Grant | None:
         """Return the first n samples of a draw whose samples are all stored, else None.
 
@@ -545,7 +646,7 @@ class Session:
         grant = operations.recall(stored, n) if stored.segments else None
         if grant is not None:
             leases = {segment.lease for segment in stored.segments}
-            if not waits and self._unknown(leases):
+            if not waits and self.unknown(leases):
                 raise _WouldWait
             grant.shared = any(map(self.is_other, leases))
             if self.local is not None:
@@ -578,9 +679,12 @@ class Session:
         return self._remembered.get(key, {})
 
     def remember(self, key: str, known: Known | None) -> None:
-        """Remember the rows of a key, or nothing of it."""
-        self._remembered.pop(key, None)
+        """Remember the rows of a key after a transaction, or nothing of it."""
+        before = self._remembered.pop(key, None)
         if known is not None:
+            if before:
+                lasting = [each for each in before.items() if each[0][:2] in LASTING and each[0] not in known]
+                known = {**dict(lasting[-_ROWS:]), **known}
             self._remembered[key] = known
             if len(self._remembered) > _REMEMBERED:
                 self._remembered.popitem(last=False)
@@ -609,11 +713,11 @@ class _Transaction:
             self._grant_known()
             if not self._places:
                 return self._results
-        decided = [self._decide(book) for book in self._begin()]
-        swaps = {book.name: (book, swap) for book, swap in decided if swap is not None}
-        for book, swap in decided:
-            if swap is None:
-                session.remember(book.name, book.written())
+            swaps = self._decided(self._begin([*self._places]))
+        else:
+            guesses = {key: session.guess(key, self._of(key)) for key in self._places}
+            guessed = [book for book in guesses.values() if book is not None]
+            swaps = self._decided([*guessed, *self._begin([key for key in guesses if guesses[key] is None])])
         try:
             while swaps:
                 swaps = self._swap(swaps)
@@ -624,6 +728,47 @@ class _Transaction:
 
     def _of(self, key: str) -> list[Operation]:
         return [self._asked[place] for place in self._places[key]]
+
+    def guessed(self) -> dict[str, tuple[Book, Swap]] | None:
+        """Decide without asking the engine; return what is to be swapped, or None if that is not possible.
+
+        Raises:
+            StoreError: when that is not possible either.
+            _WouldWait: likewise.
+        """
+        swaps: dict[str, tuple[Book, Swap]] = {}
+        for key in self._places:
+            asked = self._of(key)
+            book = self._session.guess(key, asked, waits=False)
+            if book is None:
+                return None
+            self._results_of(key, operations.perform(ledger(book), asked))
+            swap = book.swap(fair=True)
+            if swap is None or swap.changes:
+                return None
+            swaps[key] = book, swap
+        self._number(book for book, _ in swaps.values() if book.begins)
+        return swaps
+
+    def answered(
+        self, swaps: Mapping[str, tuple[Book, Swap]], found: Sequence[Conflict | Rows | None] | None
+    ) -> list[Any]:
+        """Return the results after swaps that were tried once; None for operations that were not performed.
+
+        Args:
+            swaps: what `guessed` has returned.
+            found: the answer to each, or None without answers.
+        """
+        if found is None:
+            return [None] * len(self._asked)
+        for (key, (book, swap)), answer in zip(swaps.items(), found, strict=True):
+            if isinstance(answer, Conflict) or not self._performed(book, swap, answer or {}):
+                if isinstance(answer, Conflict):
+                    self._lost(book, answer)
+                self._session.guesses = False
+                for place in self._places[key]:
+                    self._results[place] = None
+        return self._results
 
     # Reading.
 
@@ -662,12 +807,15 @@ class _Transaction:
         del self._places[read.key]
         return True
 
-    def _begin(self) -> list[Book]:
-        """Return the books of the other keys, with what their operations will probably need."""
+    def _begin(self, keys: Iterable[str]) -> list[Book]:
+        """Return the books of keys, with what their operations will probably need.
+
+        Claims that prove to be of known draws are granted instead.
+        """
         session = self._session
         books: dict[str, Book] = {}
         reads: list[Read] = []
-        for key in self._places:
+        for key in keys:
             read = _plan(session, key, self._of(key))
             if read is None:
                 books[key] = session.book(key)
@@ -679,6 +827,8 @@ class _Transaction:
             read_now = {
                 read.key: session.book(read.key, page, read.fields) for read, page in self._read(reads, pages)
             }
+            for book in read_now.values():
+                session.judge(book, self._of(book.name))
             self._read_more(read_now, guessed=guessed)
             books |= read_now
         return list(books.values())
@@ -697,6 +847,17 @@ class _Transaction:
             books[read.key].learn(dict.fromkeys(read.fields) | page)
 
     # Deciding and writing.
+
+    def _decided(self, books: Iterable[Book]) -> dict[str, tuple[Book, Swap]]:
+        """Decide on the rows of keys; return what is to be swapped."""
+        swaps: dict[str, tuple[Book, Swap]] = {}
+        for each in books:
+            book, swap = self._decide(each)
+            if swap is None:
+                self._session.remember(book.name, book.written())
+            else:
+                swaps[book.name] = book, swap
+        return swaps
 
     def _decide(self, book: Book) -> tuple[Book, Swap | None]:
         """Perform the operations of a key on its rows; return what is to be swapped."""
@@ -725,23 +886,76 @@ class _Transaction:
         who = session.lease()
         wanted = [swap for _, swap in swaps.values()]
         self._announce([book for book, swap in swaps.values() if swap.changes])
+        self._number(book for book, _ in swaps.values() if book.begins)
         found = session.asked(lambda: session.engine.swap(wanted, who))
         again: dict[str, tuple[Book, Swap]] = {}
+        wrong: list[str] = []  # keys whose guesses were wrong
         waits = False
-        for (key, (book, swap)), conflict in zip(list(swaps.items()), found, strict=True):
-            if conflict is None:
-                if not key.startswith(RUN):
-                    session.recent.note(key, swap, book.ids())
-                session.remember(key, book.written())
-                del swaps[key]  # whatever happens to the others
+        for (key, (book, swap)), answer in zip(list(swaps.items()), found, strict=True):
+            if not isinstance(answer, Conflict):
+                if self._performed(book, swap, answer or {}):
+                    del swaps[key]  # whatever happens to the others
+                else:
+                    wrong.append(key)
                 continue
-            waits = waits or conflict.wait
-            session.lost_race(key)
-            if (next_swap := self._again(session.again(book, conflict.rows))) is not None:
+            waits = waits or answer.wait
+            self._lost(book, answer)
+            if book.guess:
+                wrong.append(key)
+                continue
+            if (next_swap := self._again(session.again(book, answer.rows))) is not None:
                 again[key] = next_swap
         if waits:
             session.pause()
-        return again
+        return again | self._guessed_wrong(wrong)
+
+    def _lost(self, book: Book, conflict: Conflict) -> None:
+        """Take note of a conflict; a wrong guess without a race is corrected."""
+        session, key = self._session, book.name
+        if conflict.wait or not book.guess or session.is_stale(key, book, conflict.rows):
+            session.lost_race(key)
+        if book.guess:
+            session.remember(key, book.corrected(conflict.rows))
+
+    def _performed(self, book: Book, swap: Swap, found: Rows) -> bool:
+        """Take note of a swap that was performed; put the samples that it wanted into the grants.
+
+        Return False if one of them is not there any more.
+        """
+        session, key = self._session, book.name
+        try:
+            samples = book.fulfil(found)
+        except StoreError as error:
+            self._fail(key, error)
+            return True
+        session.remember(key, book.written())
+        if samples is None:
+            return False
+        if not key.startswith(RUN):
+            session.recent.note(key, swap, book.ids())
+        if book.guess:
+            session.expects_new = bool(swap.puts)
+        for place in self._places[key] if samples else ():
+            grant = self._results[place]
+            grant.samples = [each and samples.get(each.index, each) for each in grant.samples]
+        return True
+
+    def _guessed_wrong(self, keys: Sequence[str]) -> dict[str, tuple[Book, Swap]]:
+        """Decide on rows that are read instead; return what is to be swapped next."""
+        if not keys:
+            return {}
+        try:
+            books = self._begin(keys)
+        except StoreUnreachable:
+            raise
+        except StoreError as error:
+            if len(keys) > 1:  # the others may be without fault
+                return {name: swap for key in keys for name, swap in self._guessed_wrong([key]).items()}
+            self._fail(keys[0], error)
+            return {}
+        self._session.guesses = False
+        again = {book.name: self._again(book) for book in books}
+        return {key: swap for key, swap in again.items() if swap is not None}
 
     def _announce(self, books: Sequence[Book]) -> None:
         """Announce what is about to change, so that copies of it are not used any more."""
@@ -749,6 +963,17 @@ class _Transaction:
             numbers = self._session.announce([book.name for book in books])
             for book, number in zip(books, numbers, strict=True):
                 book.announced(number)
+
+    def _number(self, books: Iterable[Book]) -> None:
+        """Write the number of the last known change of a question that was deleted and is asked anew.
+
+        Without it, machines that have learnt of the removal would take the new rows for those before it.
+        """
+        local = self._session.local
+        if local is not None:
+            for book in books:
+                if number := local.changed(book.name):
+                    book.announced(number)
 
     def _again(self, book: Book) -> tuple[Book, Swap] | None:
         """Decide again on current rows; return what is to be swapped, or None if that is nothing."""
@@ -765,9 +990,58 @@ class _Transaction:
         return book, swap
 
     def _fail(self, key: str, error: StoreError) -> None:
-        for place in self._places[key]:
+        for place in self._places.get(key, ()):  # what was granted stays so
             self._results[place] = error
         self._session.remember(key, None)
+
+
+class _Unwaiting:
+    """A process as `Session` shows it, for those who cannot wait for the engine.
+
+    Args:
+        session: the session.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.now, self.stamp, self.see = session.now, session.stamp, session.see
+
+    def lease(self) -> int:
+        """Return this process's lease."""
+        return self._session.open_lease or _wait()
+
+    def current(self, lease: int) -> int:
+        """Return this process's lease for one that it had before; another lease unchanged."""
+        return lease if lease == self._session.open_lease or not self._session.is_own(lease) else self.lease()
+
+    def alive(self, lease: int) -> bool:
+        """Return True if the process of a lease is alive."""
+        self.ask_about([lease])
+        return self._session.alive(lease)
+
+    def ask_about(self, leases: Iterable[int]) -> None:
+        """Do nothing if it is known which processes are alive."""
+        if self._session.unknown(leases):
+            _wait()
+
+
+def _wait(*_arguments: Any) -> Never:
+    raise _WouldWait
+
+
+def _agree(remembered: Known, found: Known, names: Iterable[bytes]) -> bool:
+    """Return True if rows that were read are as a guess would have had them.
+
+    Args:
+        remembered: the rows that were remembered.
+        found: the rows that were read.
+        names: the fields that new draws add.
+    """
+    if remembered.get(rows.KNOWN) is None:
+        as_before = found.get(rows.KNOWN) is None
+    else:
+        as_before = all(found.get(name, row) == row for name, row in remembered.items())
+    return as_before and all(found.get(name) == remembered.get(name) for name in names)
 
 
 def _has_free(draw: Draw, found: Mapping[bytes, bytes | None]) -> bool:

@@ -8,7 +8,7 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
@@ -118,6 +118,40 @@ class RemoteStore(Queued, Listing):
             raise error
         return results  # type: ignore[return-value]  # none is an error
 
+    def apply(self, operations: Sequence[Operation]) -> asyncio.Future[list[Result]]:
+        """Apply the operations: claims on the event loop, if that is possible; others in a thread."""
+        return self._applied_soon(operations) or super().apply(operations)
+
+    def _applied_soon(self, operations: Sequence[Operation]) -> asyncio.Future[list[Result]] | None:
+        """Claim on the event loop; return None if that is not possible now, or if other operations wait."""
+        session, local = self.session, self.session.local
+        if self._closed or self.read_only or self._writer.busy or {*map(type, operations)} != {Claim}:
+            return None
+        if local is not None and local.lapsed:
+            return None  # the thread asks for changes first
+        future: asyncio.Future[list[Result]] = asyncio.get_running_loop().create_future()
+        done = self._settling(operations, future)
+
+        def claimed(results: list[Any]) -> None:
+            left = [place for place, result in enumerate(results) if result is None]
+            if not left:
+                done(results)
+                return
+
+            def rest(found: list[Any] | Exception) -> None:
+                given = found if isinstance(found, list) else [found] * len(left)
+                for place, result in zip(left, given, strict=True):
+                    results[place] = result
+                done(results)
+
+            try:
+                self._check()
+                self._writer.put([operations[place] for place in left], rest)
+            except StoreError as error:
+                rest(error)
+
+        return future if session.claim_soon(operations, claimed) else None  # type: ignore[arg-type]  # all are claims
+
     def write(self, operations: Sequence[Operation]) -> list[Result | StoreError]:
         """Apply the operations, those of one key as one transaction, in the calling thread."""
         if self.read_only:
@@ -208,6 +242,9 @@ class RemoteStore(Queued, Listing):
         if not urgent and self.session.expects_new:
             return None  # they must be claimed anyhow
         self._check()
+        local = self.session.local
+        if local is not None and local.lapsed:
+            return None  # a claim asks for changes first, and then perhaps needs nothing else of the engine
         future: asyncio.Future[list[Grant | bool]] = asyncio.get_running_loop().create_future()
         foretold = self.session.foretell(claims)
         if foretold is not None:

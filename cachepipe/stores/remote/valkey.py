@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from cachepipe.errors import FormatError, StoreError
 from cachepipe.loops import PerLoop
+from cachepipe.stores import tables
 from cachepipe.stores.remote.checks import SETTINGS, Unfit, faults, tls_fault, warn_once
 from cachepipe.stores.remote.connections import LISTENS, Connections, keep_open, listen
 from cachepipe.stores.remote.engine import (
@@ -51,6 +52,7 @@ FORMAT: Final = 1
 """The version of the rows and keys on the server."""
 
 _READ: Final = "cachepipe1_read"
+_SOME: Final = "cachepipe1_some"
 _SWAP: Final = "cachepipe1_swap"
 _AT_ONCE: Final = 1000  # commands that travel together
 _PAGE: Final = 100  # keys whose rows are read in one round trip
@@ -293,13 +295,18 @@ class ValkeyEngine:
 
     def read_soon(self, reads: Sequence[Read], then: Callable[[list[Rows] | None], object]) -> bool:
         """Read on the running event loop, as `read` does; see ``Engine.read_soon``."""
-        if self._wires is None or len(reads) > _AT_ONCE:
+        return self._called_soon(
+            self._reading(reads), lambda answers: then(answers and _pages(reads, answers))
+        )
+
+    def _called_soon(self, commands: Sequence[Command], then: Callable[[list[Any] | None], object]) -> bool:
+        """Call functions on the running event loop; return False if that is not possible now."""
+        if self._wires is None or len(commands) > _AT_ONCE:
             return False
         on_loop = self._on_loops.of(asyncio.get_running_loop())
         if not on_loop.ready:
             return False
-        packed = _packed(self._reading(reads))
-        on_loop.ask(packed, len(reads), lambda answers: then(answers and _pages(reads, answers)))
+        on_loop.ask(_packed(commands), len(commands), then)
         return True
 
     def _reading(self, reads: Sequence[Read]) -> list[Command]:
@@ -319,33 +326,44 @@ class ValkeyEngine:
         holder, *answers = self._called([reserve, *self._reading([read])])
         return _pages([read], answers)[0] if holder is None or int(holder) == who else None
 
-    def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
-        """Perform each swap whose expected rows are current, as a whole; return None for it."""
+    def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | Rows | None]:
+        """Perform each swap whose expected rows are current, as a whole; see ``Engine.swap``."""
+        return [*map(_swapped, swaps, self._called(self._swapping(swaps, who, RECEIPT)))]
+
+    def swap_soon(
+        self,
+        swaps: Sequence[Swap],
+        who: int,
+        then: Callable[[Sequence[Conflict | Rows | None] | None], object],
+    ) -> bool:
+        """Swap on the running event loop, as `swap` does; see ``Engine.swap_soon``."""
+        return self._called_soon(
+            self._swapping(swaps, who, 0), lambda answers: then(answers and [*map(_swapped, swaps, answers)])
+        )
+
+    def _swapping(self, swaps: Sequence[Swap], who: int, receipt: float) -> list[Command]:
         commands: list[Command] = []
         for swap in swaps:
             names = self._names(swap.key)
             base = names[0][:-1]
             keys = (*names, b"%br:%d" % (base, who), base + b"t")
-            commands.append(("FCALL", _SWAP, len(keys), *keys, *self._arguments(swap, who)))
-        return [
-            None if not state else Conflict(_rows([*swap.expected], rows[0]), state == _RESERVED)
-            for swap, (state, *rows) in zip(swaps, self._called(commands), strict=True)
-        ]
+            commands.append(("FCALL", _SWAP, len(keys), *keys, *self._arguments(swap, who, receipt)))
+        return commands
 
-    def _arguments(self, swap: Swap, who: int) -> list[bytes | int]:
-        found: list[bytes | int] = [swap.nonce, who, int(swap.fair), int(TURN * 1000), int(RECEIPT * 1000)]
+    def _arguments(self, swap: Swap, who: int, receipt: float) -> list[bytes | int]:
+        found: list[bytes | int] = [swap.nonce, who, int(swap.fair), int(TURN * 1000), int(receipt * 1000)]
         found += [self._channel if swap.wakes else b"", encoded(swap.key)]
         found += [-1 if swap.whole is None else swap.whole, len(swap.expected)]
         for name, digest in swap.expected.items():
             found += (name, digest or b"")
-        found.append(len(swap.puts))
+        found += (len(swap.wants), tables.GONE, *swap.wants, len(swap.puts))
         for name, row in swap.puts.items():
             found += (name, row)
         return found + swap.deletes
 
-    def rows_of(self, key: str) -> Rows:
-        """Return all rows of a key but the samples."""
-        return self._all([self._names(key)[0]])[0]
+    def rows_of(self, keys: Sequence[str]) -> list[Rows]:
+        """Return all rows of each key but the samples."""
+        return self._all([self._names(key)[0] for key in keys])
 
     def samples_of(self, key: str) -> list[bytes]:
         """Return the fields of all samples of a key, in any order."""
@@ -373,6 +391,9 @@ class ValkeyEngine:
         """Return the rows of fields in hashes; all rows if there are no fields."""
         if not fields:
             return self._all(names)
+        if any(name.endswith(b"/") for name in fields):
+            keys = [(name, name[:-1] + b"s", name[:-1] + b"p") for name in names]
+            return [*map(_paired, self._called([("FCALL", _SOME, 3, *each, *fields) for each in keys]))]
         found = self._told([("HGET", name, field) for name in names for field in fields])
         width = len(fields)
         return [_rows(fields, found[at : at + width]) for at in range(0, len(found), width)]
@@ -614,6 +635,14 @@ def _server(where: str, info: Mapping[str, Any]) -> Server:
 
 def _rows(fields: Sequence[bytes], rows: Sequence[bytes | None]) -> Rows:
     return {name: row for name, row in zip(fields, rows, strict=True) if row is not None}
+
+
+def _swapped(swap: Swap, answer: Sequence[Any]) -> Conflict | Rows | None:
+    """Return what became of a swap, as the server says it: a state, and the rows of some fields."""
+    state, rows = answer
+    if state:
+        return Conflict(_rows([*swap.expected], rows), state == _RESERVED)
+    return _rows(swap.wants, rows) if swap.wants else None
 
 
 def _numbered(name: bytes) -> int:

@@ -46,7 +46,7 @@ def check(session: Session, step: Step = lambda: None) -> IntegrityReport:
         if key not in seen:
             seen.add(key)
             one = _checked(session, key, found)
-            report.join(one if one.whole else _checked(session, key, session.engine.rows_of(key)))
+            report.join(one if one.whole else _checked(session, key, session.engine.rows_of([key])[0]))
             step()
     for key in session.engine.strays():
         report.add("stray", key)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 import h11
 
-from cachepipe.testing.server import gemini, inference
+from cachepipe.testing.server.dialects import known_path
 from cachepipe.testing.server.refusals import RefusalError
 from cachepipe.testing.server.replies import HttpReply, HttpRequest, refused
 
@@ -154,7 +154,7 @@ class HttpConnection(asyncio.Protocol):
         asyncio.get_running_loop().call_later(_LINGER, self._transport.close)
 
     def _path(self) -> str:
-        return inference.known_path(gemini.known_path(self._target().partition("?")[0]))
+        return known_path(self._target().partition("?")[0])
 
     def _target(self) -> str:
         return self._head.target.decode("ascii", "replace") if self._head else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -25,12 +26,23 @@ if TYPE_CHECKING:
     from cachepipe.testing.server.embeddings import EmbeddingCall
     from cachepipe.testing.server.settings import Settings
 
-__all__ = ["DIALECTS", "EMBEDDERS", "EMBEDDINGS", "MODELS", "Dialect", "dialect_of", "unprefixed"]
+__all__ = [
+    "DIALECTS",
+    "EMBEDDERS",
+    "EMBEDDINGS",
+    "MODELS",
+    "Dialect",
+    "dialect_of",
+    "known_path",
+    "unprefixed",
+]
 
 EMBEDDINGS: Final = "/v1/embeddings"
 MODELS: Final = "/v1/models"
 _GROQ: Final = "/openai"
 """What Groq has before `/v1`."""
+_ELSEWHERE: Final = re.compile(r"^(?:/v1beta)?/openai(?:/deployments/[^/]+)?(?=/(?!v1/|deployments/))")
+"""What Azure, and Gemini where it speaks OpenAI's protocol, have in place of `/v1`."""
 
 
 def _error_event(refusal: RefusalError, _number: int) -> bytes:
@@ -106,6 +118,11 @@ EMBEDDERS: Final[Mapping[str, Embedder]] = {
         ),
     ),
 }
+
+
+def known_path(path: str) -> str:
+    """Return the path of an endpoint under its usual name: without models, deployments and projects."""
+    return inference.known_path(gemini.known_path(_ELSEWHERE.sub("/v1", path)))
 
 
 def unprefixed(path: str) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
+import forked
 from profiles import sized
 
 from cachepipe.testing import MockServer, MockSettings
@@ -80,7 +80,7 @@ def test_a_crowd_of_threads_and_tasks_is_answered_the_same_in_another_process(tm
     with MockServer.in_thread(MockSettings(seed=1, max_tokens=8)) as server:
 
         def crowds(*namespaces):
-            ran = subprocess.run(
+            ran = forked.run(
                 [sys.executable, "-c", CROWD, server.base_url, folder, str(count), *namespaces],
                 check=False,
                 capture_output=True,

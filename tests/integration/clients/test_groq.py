@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from profiles import sized
 
 import cachepipe
 from cachepipe import MemoryStore, Services
@@ -249,32 +246,6 @@ async def test_async_groq(server):
         assert await raw.parse() == two
         with cachepipe.run():
             assert texts(await ask(client, n=2)) == texts(one)
-    assert server.stats.requests == 3
-
-
-PROGRAM = """
-import sys
-from cachepipe.clients import Groq
-with Groq(base_url=sys.argv[1], api_key="k", cache=sys.argv[2], namespace=sys.argv[3]) as client:
-    ask = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
-    print(client.chat.completions.create(**ask, n=2).to_json(indent=None))
-    ask["temperature"] = 0.5
-    print([chunk.to_json(indent=None) for chunk in client.chat.completions.create(**ask, stream=True)][-1])
-"""
-
-
-def test_a_rerun_in_a_new_process_asks_nothing(server, tmp_path):
-    ask_for = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
-    with of(server, cache=str(tmp_path / "cache"), namespace="a") as client:
-        whole = client.chat.completions.create(**ask_for, n=2)
-        last = list(client.chat.completions.create(**ask_for, temperature=0.5, stream=True))[-1]
-    assert server.stats.requests == 3
-    for namespace in sized(["a"], ["a", "b"]):  # a process takes a second, most of it for imports
-        words = [sys.executable, "-c", PROGRAM, server.url, str(tmp_path / "cache"), namespace]
-        said = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
-        again, end = map(json.loads, said.splitlines())
-        assert again["choices"] == whole.to_dict()["choices"]
-        assert (end["choices"], end["x_groq"]) == (last.to_dict()["choices"], last.to_dict()["x_groq"])
     assert server.stats.requests == 3
 
 

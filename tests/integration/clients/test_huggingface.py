@@ -7,8 +7,6 @@ import contextlib
 import copy
 import inspect
 import json
-import subprocess
-import sys
 import threading
 import warnings
 from types import SimpleNamespace
@@ -418,34 +416,6 @@ async def test_modes_budgets_and_services(server, kind):
     for made in (bypass, limited):
         await settled(made.close())
     await service.close()
-
-
-async def test_a_new_process_gets_the_same_and_asks_nothing(server, tmp_path):
-    code = """
-import json, sys
-from cachepipe.clients import HuggingFace
-
-def results(url, folder):
-    with HuggingFace(url, token="hf_secret", cache=folder) as client:
-        chat = client.chat_completion([{"role": "user", "content": "hi"}], n=2)
-        text = list(client.text_generation("Sort", stream=True, details=True))
-        vectors = client.copy(model=f"{url}/embed").feature_extraction(["a", "b"])
-        return json.dumps([chat, text, vectors.tolist()])
-
-if __name__ == "__main__":
-    print(results(*sys.argv[1:]))
-"""
-    names = {"__name__": "here"}
-    exec(code, names)  # noqa: S102 - the same code runs here and there
-    folder = tmp_path / "c"
-    first = await asyncio.to_thread(names["results"], server.url, str(folder))
-    assert server.stats.requests == 3
-    command = [sys.executable, "-W", "error", "-c", code, server.url, str(folder)]
-    again = await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True, text=True)
-    assert again.stdout.strip() == first
-    assert server.stats.requests == 3
-    for file in folder.rglob("*"):
-        assert not file.is_file() or b"hf_secret" not in file.read_bytes()
 
 
 async def test_the_token_is_in_no_key(server, kind):

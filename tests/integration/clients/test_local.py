@@ -14,7 +14,7 @@ import cachepipe
 from cachepipe import CacheMiss, MemoryStore, Response, wire
 from cachepipe.contract.keys import provider_question
 from cachepipe.models.local import AsyncLocalClient, LocalClient
-from cachepipe.models.samples import ProviderSamples, fields_of
+from cachepipe.models.samples import ProviderSamples, fields_of, listener_of
 from cachepipe.providers.info import info
 
 pytestmark = pytest.mark.anyio
@@ -120,6 +120,126 @@ async def test_streamed_and_unstreamed_share_samples(client, model):
     parts = [choice for part in await listed(streams) for choice in part.choices]
     assert {choice.index for choice in parts} == {0, 1}
     assert model.samples == 3
+
+
+class Telling(Counting):
+    """Tells its samples word by word, and waits after each until a reader has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = threading.Semaphore(0)
+        self.fails = False
+
+    async def batch_request(self, batch):
+        return await asyncio.to_thread(asyncio.run, self._told(batch))
+
+    async def _told(self, batch):
+        responses = await super().batch_request(batch)
+        for request, response in zip(batch, responses, strict=True):
+            listener = listener_of(request)
+            head = {name: response.data[0][name] for name in ("id", "object", "created", "model")}
+            if listener is not None and listener.begin(head):
+                for place in range(len(response.data)):
+                    listener.hear(place, "This ")
+                    assert self.read.acquire(timeout=20)
+                    if self.fails:
+                        raise MemoryError("no room")
+                    listener.hear(place, "is ")
+        return responses
+
+
+@pytest.fixture
+async def telling(client):
+    model = Telling()
+    made = type(client)(model, MemoryStore(), batch_size=4)
+    yield made
+    await settled(made.close())
+
+
+async def first_of(stream, parts=1):
+    """The first parts of a stream; the model goes on when they have been read."""
+    return [await anext(stream) if hasattr(stream, "__anext__") else next(stream) for _ in range(parts)]
+
+
+async def test_words_come_while_they_are_generated_and_the_end_when_the_sample_is_stored(telling):
+    stream = await settled(telling.generate("x", stream=True))
+    assert await first_of(stream) == ["This "]
+    assert telling.pipeline.stats().in_flight == 1
+    telling.model.read.release()
+    assert await listed(stream) == ["is ", "1."]
+    assert telling.pipeline.stats().in_flight == 0
+    stream = await settled(
+        telling.chat.completions.create(messages=HELLO, stream=True, stream_options={"include_usage": True})
+    )
+    chunks = await first_of(stream, 2)
+    assert not info(stream).complete
+    telling.model.read.release()
+    chunks += await listed(stream)
+    assert info(stream).cached == (False,)
+    again = await settled(
+        telling.in_namespace("b").chat.completions.create(
+            messages=HELLO, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert chunks == await listed(again)
+    assert len(chunks) == 6  # the role, three words, the end and the usage
+
+
+async def test_several_samples_are_told_by_their_places(telling):
+    stream = await settled(telling.completions.create(prompt="x", stream=True, n=2))
+    telling.model.read.release(2)
+    parts = [choice for part in await listed(stream) for choice in part.choices]
+    said = ["".join(part.text for part in parts if part.index == place) for place in (0, 1)]
+    assert said == ["This is 1.", "This is 2."]
+    assert texts(await settled(telling.in_namespace("b").completions.create(prompt="x", n=2))) == said
+
+
+async def test_c7_a_reader_who_stops_has_had_its_draw(telling):
+    stream = await settled(telling.generate("x", stream=True))
+    await first_of(stream)
+    closing = stream.aclose() if hasattr(stream, "aclose") else stream.close()
+    await settled(closing)
+    telling.model.read.release()
+    assert await settled(telling.in_namespace("b").generate("x")) == "This is 1."
+
+
+async def test_c8_a_failure_after_the_first_words_reaches_the_reader(telling):
+    telling.model.fails = True
+    stream = await settled(telling.generate("x", stream=True))
+    await first_of(stream)
+    telling.model.read.release()
+    with pytest.raises(MemoryError, match="no room"):
+        await listed(stream)
+    telling.model.fails = False
+    assert await settled(telling.generate("x")) == "This is 2."
+
+
+async def test_equal_streams_in_flight_together_come_when_they_are_whole():
+    model = Telling()
+    async with AsyncLocalClient(model, MemoryStore(), batch_size=2, timeout=5) as client:
+        streams = await asyncio.gather(*(client.generate("x", stream=True) for _ in range(2)))
+        assert sorted(["".join(await listed(stream)) for stream in streams]) == ["This is 1.", "This is 2."]
+        model.read.release(2)
+
+
+async def test_c8_a_cancelled_reader_is_undone_and_its_retry_is_the_same_draw():
+    model = Telling()
+    async with AsyncLocalClient(model, MemoryStore(), namespace="a") as client:
+
+        async def read():
+            async for _ in await client.generate("x", stream=True):
+                begun.set()
+
+        begun = asyncio.Event()
+        task = asyncio.ensure_future(read())
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        model.read.release()
+        first = await client.generate("x")
+        with cachepipe.run():
+            assert await client.generate("x") == first
 
 
 async def test_text_is_generated_from_texts_tokens_and_messages(client, model):

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import gc
 import inspect
 import json
 import os
 import signal
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import forked
 import openai
 import pytest
-from forked import Interpreter
 from openai import Stream
 from pydantic import BaseModel
 
@@ -501,14 +501,10 @@ def test_a_forked_child_closes_its_copy_and_leaves_what_is_in_flight_to_its_pare
     assert [text] == texts(ask(client.in_namespace("b"), "streamed"))
 
 
-MODULES = ["cachepipe.sdk.openai", "openai.resources.chat"]
-
-
-@pytest.fixture(scope="module")
-def interpreter(tmp_path_factory):
-    """What runs programs that use our client and its SDK."""
-    with contextlib.closing(Interpreter(tmp_path_factory.mktemp("programs"), *MODULES)) as made:
-        yield made
+def run(code, *arguments):
+    """Run a program with warnings as errors; return its exit code, its output and its errors."""
+    done = forked.run([sys.executable, "-W", "error", "-c", code, *arguments], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
 
 
 SCRIPT = """
@@ -523,8 +519,8 @@ ask("before")
 """
 
 
-def test_calls_at_interpreter_exit_are_answered(server, interpreter, tmp_path):
-    code, printed, errors = interpreter.run(SCRIPT, server.base_url, str(tmp_path / "cache"), seconds=100)
+def test_calls_at_interpreter_exit_are_answered(server, tmp_path):
+    code, printed, errors = run(SCRIPT, server.base_url, str(tmp_path / "cache"))
     assert (code, errors) == (0, "")
     assert len(printed.splitlines()) == 2
 
@@ -607,12 +603,10 @@ exec(sys.argv[3])
 
 
 @pytest.mark.parametrize("way", EXITS)
-def test_a_program_ends_at_once_and_quietly_though_it_has_left_a_stream(server, interpreter, tmp_path, way):
+def test_a_program_ends_at_once_and_quietly_though_it_has_left_a_stream(server, tmp_path, way):
     events = 0.0 if way == "unread" else 600.0
     server.settings = server.settings.updated({"stream_delay": events, "max_tokens": 50})
-    code, printed, errors = interpreter.run(
-        LEAVES, server.base_url, str(tmp_path / "cache"), EXITS[way], seconds=100
-    )
+    code, printed, errors = run(LEAVES, server.base_url, str(tmp_path / "cache"), EXITS[way])
     assert (code, printed, errors) == (0, "", "")
 
 

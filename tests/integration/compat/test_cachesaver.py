@@ -112,6 +112,39 @@ async def test_error_recovery_pays_only_for_what_had_not_arrived(server, new):
     assert server.stats.requests == 10
 
 
+async def test_changes_of_the_logging_cost_nothing(server, new):
+    async def work(log):
+        client = new("logging")
+        for number in range(4):
+            log(number, await ask(client, f"Describe {number}"))
+
+    texts, lengths = [], []
+    await work(lambda _, said: texts.append(said))
+    await work(lambda number, said: lengths.append((number, len(said))))
+    assert lengths == [(number, len(said)) for number, said in enumerate(texts)]
+    assert server.stats.requests == 4
+
+
+async def test_two_algorithms_share_what_both_of_them_ask(server, new):
+    async def best_of(n, namespace):
+        client = new(namespace)
+        tries = await asyncio.gather(*[ask(client, "Solve it") for _ in range(n)])
+        return max(tries, key=len), tries
+
+    async def refined(namespace):
+        client = new(namespace)
+        draft = await ask(client, "Solve it")
+        return draft, await ask(client, f"Improve: {draft}")
+
+    _, tries = await best_of(3, "best of three")
+    draft, _ = await refined("refined")
+    assert draft == tries[0]
+    assert server.stats.samples_generated == 4  # the second algorithm has paid for its second step only
+    assert (await best_of(3, "best of three"))[1] == tries
+    await best_of(2, "best of two")
+    assert server.stats.samples_generated == 4
+
+
 async def test_a_changed_algorithm_pays_only_for_its_new_step(server, new):
     async def algorithm(*steps):
         client = new("algorithm")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 
+import forked
 import pytest
 
 from cachepipe import DiskStore
@@ -69,7 +69,7 @@ asyncio.run(main())
 
 def run(*arguments):
     """Return the responses' data and flags, what the model was asked, and how the process ended."""
-    process = subprocess.run(
+    process = forked.run(
         [sys.executable, "-W", "error", "-c", SCRIPT, *map(str, arguments)],
         capture_output=True,
         text=True,

@@ -6,10 +6,10 @@ import asyncio
 import gc
 import json
 import os
-import subprocess
 import sys
 import threading
 
+import forked
 import openai
 import pytest
 from pydantic import BaseModel
@@ -666,7 +666,7 @@ asyncio.run(main())
 
 async def test_a_conversation_of_several_turns_replays_in_another_process_without_a_call(server, tmp_path):
     def run(namespace):
-        ran = subprocess.run(
+        ran = forked.run(
             [sys.executable, "-W", "error", "-c", TURNS, server.base_url, str(tmp_path / "cache"), namespace],
             capture_output=True,
             text=True,

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 
+import forked
 import pytest
 
 from cachepipe import Limits, Service
@@ -292,7 +293,7 @@ def worker(server, folder, name, count, limits):
         str(count),
         repr(limits),
     ]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return forked.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def test_processes_keep_one_limit_as_the_server_counts(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from cachepipe import Batch, LocalAPI, MemoryStore, Request, wire
 from cachepipe.accounting import Account, usage_of
 from cachepipe.clients import AsyncHFTransformers, HFTransformers
 from cachepipe.models import TransformersModel
-from cachepipe.models.transformers import _Text
+from cachepipe.models.samples import Listener
+from cachepipe.models.transformers import _HeardText, _Text
 
 pytestmark = pytest.mark.anyio
 PROMPTS = ("Hi", "A much longer prompt than that", "Sort a list.")
@@ -380,3 +382,73 @@ def test_a_synchronous_client_loads_a_model_by_name(network, tokenizer, tmp_path
             calls = client.model.calls
     assert texts[:2] == texts[2:]
     assert calls == 0
+
+
+@pytest.fixture
+def spaced(tokenizer):
+    """Settings of answers with many short words."""
+    return {"max_new_tokens": 60, "sequence_bias": [[tokenizer("a b")["input_ids"][1:2], 4.0]]}
+
+
+@pytest.fixture
+def stepwise(monkeypatch):
+    """Makes a generation wait until a reader has read what it was told."""
+    read, hear = threading.Semaphore(0), Listener.hear
+
+    def waiting(self, place, words):
+        hear(self, place, words)
+        assert read.acquire(timeout=20)
+
+    monkeypatch.setattr(Listener, "hear", waiting)
+    return read
+
+
+def test_words_come_while_the_model_generates(network, tokenizer, spaced, stepwise):
+    with HFTransformers(network, tokenizer, cache=MemoryStore(), name="tiny") as client:
+        said = []
+        for word in client.generate("Hi", stream=True, **spaced):
+            said.append((word, client.pipeline.stats().in_flight))
+            stepwise.release()
+        words = [word for word, _ in said]
+        assert [in_flight for _, in_flight in said[:3]] == [1, 1, 1]
+        assert client.in_namespace("b").generate("Hi", **spaced) == "".join(words)
+        assert [*client.in_namespace("c").generate("Hi", stream=True, **spaced)] == words
+        assert client.model.calls == 1
+
+
+async def test_streams_of_a_batch_come_side_by_side_and_stop_texts_are_not_told(network, tokenizer, spaced):
+    options = {"batch_size": 4, "timeout": 5, "name": "tiny"}
+    async with AsyncHFTransformers(network, tokenizer, cache=MemoryStore(), **options) as client:
+
+        async def read(stop):
+            stream = await client.chat.completions.create(
+                messages=[{"role": "user", "content": stop}], stream=True, stop=[" ", stop], **spaced
+            )
+            chunks = [chunk async for chunk in stream]
+            return chunks, "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+        found = await asyncio.gather(*(read(stop) for stop in ("a b", "b c", "c d", "d e")))
+        again = client.in_namespace("b")
+        for stop, (chunks, text) in zip(("a b", "b c", "c d", "d e"), found, strict=True):
+            answer = await again.chat.completions.create(
+                messages=[{"role": "user", "content": stop}], stop=[" ", stop], **spaced
+            )
+            assert answer.choices[0].message.content == text
+            assert {chunk.id for chunk in chunks} == {answer.id}
+            assert " " not in text
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 500])
+def test_what_a_listener_hears_begins_the_answer(tokens):
+    heard = Listener(1, lambda _place, _words: None)
+    heard.begin({})
+    text = "So it  goes on, STOP there."
+    job = SimpleNamespace(listener=heard, stop=("STOP x", "  nothing"))
+    growing = _HeardText(job, 0, [0], lambda told: text[: len(told)])
+    for number in range(1, min(tokens, len(text)) + 1):
+        growing.take(number)
+    assert text.startswith(heard.texts[0])
+    assert heard.texts[0] == {1: "", 5: "So ", 500: "So it  goes on, STOP "}[tokens]
+    growing.take(0)
+    growing.take(7)
+    assert text.startswith(heard.texts[0])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from urllib.parse import quote, urlsplit
 
+import forked
 import httpx2
 import pytest
 
@@ -182,7 +183,7 @@ def command(tmp_path):
     started = []
 
     def run(*arguments, **environment):
-        made = subprocess.Popen(
+        made = forked.Popen(
             [sys.executable, "-m", "cachepipe", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -460,6 +460,28 @@ def test_what_tokens_cost_is_shown_where_it_is_known(visit, ask, proxy, monkeypa
     assert page.locator("#note-spent").text_content().startswith("$")
 
 
+def test_c6_tables_show_what_each_model_and_namespace_has_cost_and_wasted(visit, ask, proxy):
+    ask("How many?", "a", 2)
+    ask("How many?", "b")
+    page = visit()
+    counters = httpx2.get(f"{proxy.url}/cachepipe/api/counters").json()
+    stats = httpx2.get(f"{proxy.url}/cachepipe/api/stats").json()
+    models = page.get_by_role("table", name="By model, since the start").get_by_role("row").nth(1)
+    [model] = counters["total"]["models"]
+    shown = [str(model[kind]["total_tokens"]) for kind in ("spent", "billed", "saved")]
+    expect(models.get_by_role("cell")).to_have_text([re.compile(f"^{each}( |$)") for each in shown])
+    assert models.get_by_role("rowheader").text_content() == "m"
+    whole = page.get_by_role("table", name="The whole cache")
+    for sums in stats["namespaces"]:
+        row = whole.get_by_role("row").filter(
+            has=page.get_by_role("link", name=sums["namespace"], exact=True)
+        )
+        shown = [str(sums[kind]["total_tokens"]) for kind in ("spent", "saved", "wasted")]
+        for place, each in enumerate(shown, start=4):
+            expect(row.get_by_role("cell").nth(place)).to_have_text(re.compile(f"^{each}( |$)"))
+    assert [sums["namespace"] for sums in stats["namespaces"]] == ["a", "b"]
+
+
 def test_prices_are_of_the_provider_and_unknown_is_not_nothing():
     known = Prices()
     seller = known.seller("gpt-4o-mini", "https://api.openai.com/v1/chat/completions")

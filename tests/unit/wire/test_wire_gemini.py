@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cachepipe import jsontext
 from cachepipe.wire import (
     EMBED_CONTENT,
     GENERATE_CONTENT,
@@ -16,11 +17,14 @@ from cachepipe.wire import (
     BadRequest,
     MixedAnswer,
     api_for,
+    bills_prompt,
     named_scope,
     question_document,
     scope_of,
     token_counts,
 )
+from cachepipe.wire.base import unmarked
+from cachepipe.wire.sse import data_event
 from cachepipe.wire.usage import join_usage
 
 BASE = "https://generativelanguage.googleapis.com/v1beta"
@@ -166,12 +170,17 @@ def test_candidates_become_samples_that_share_the_usage_exactly():
     assert GENERATE_CONTENT.summary(samples[0])["text"] == "say \u2028 hello "
 
 
+def plain(samples):
+    """Samples as the provider would have written them, and with which of them the prompt was billed."""
+    return [(unmarked(sample), bills_prompt(sample)) for sample in samples]
+
+
 @pytest.mark.parametrize("size", [1, 7, 10_000])
 def test_a_recorded_stream_is_the_whole_answer(size):
     stream = streamed()
     recorder, passed_on = recorded(stream, size)
     assert passed_on == stream
-    assert recorder.samples() == GENERATE_CONTENT.samples(WHOLE)
+    assert plain(recorder.samples()) == plain(GENERATE_CONTENT.samples(WHOLE))
     crlf = stream.replace(b"\n\n", b"\r\n\r\n")
     assert recorded(crlf, size)[0].samples() == recorder.samples()
 
@@ -181,9 +190,60 @@ def test_a_stream_of_events_is_passed_on_as_an_array_to_a_reader_that_wants_one(
     ask = asked(f"{URL}:streamGenerateContent")
     recorder, passed_on = recorded(streamed(), size, ask)
     samples = recorder.samples()
-    assert samples == GENERATE_CONTENT.samples(WHOLE)
+    assert plain(samples) == plain(GENERATE_CONTENT.samples(WHOLE))
     assert json.loads(passed_on) == json.loads(b"".join(GENERATE_CONTENT.stream(samples, ask)))
     assert GENERATE_CONTENT.media_type(ask) == "application/json"
+
+
+def said(*parts):
+    return {"role": "model", **({"parts": [*parts]} if parts else {})}
+
+
+CALL = {"functionCall": {"name": "f", "args": {}}}
+CHUNKS = {
+    "words": [said({"text": "so it"}), said({"text": " is, I th"}), said({"text": "ink."})],
+    "an empty end": [said({"text": "so "}), said({"text": ""})],
+    "no content at the end": [said({"text": "so "}), None],
+    "no parts at the end": [said({"text": "so "}), said()],
+    "several parts": [
+        said({"text": "Hm. ", "thought": True}, {"text": "So "}),
+        said({"text": "it"}, {"text": " is"}),
+        said({"text": "", "thoughtSignature": "s"}, CALL, CALL),
+        said({"text": ""}, {"text": "."}),
+    ],
+    "empty texts": [said({"text": ""}), said({"text": "", "thought": True}), said({"text": ""})],
+    "nothing": [None],
+    "an odd letter": [said({"text": "\U0001f600 \udc00"}), said({"text": "\u2028"})],
+}
+
+
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+def test_c2_a_stream_is_replayed_in_the_pieces_in_which_it_came(chunks):
+    candidates = [{**({"content": content} if content else {}), "index": 0} for content in chunks]
+    candidates[-1]["finishReason"] = "STOP"
+    stream = b"".join(data_event({"candidates": [each], "modelVersion": "m"}) for each in candidates)
+    recorder, _ = recorded(stream, 10)
+    [sample] = recorder.samples()
+    ask = asked(f"{URL}:streamGenerateContent?alt=sse")
+    replayed = b"".join(GENERATE_CONTENT.stream([sample], ask))
+    read = [jsontext.loads(event.removeprefix(b"data: ")) for event in replayed.split(b"\n\n") if event]
+    assert [event["candidates"][0] for event in read] == candidates
+    assert recorded(replayed, 10_000)[0].samples() == [sample]
+    whole = GENERATE_CONTENT.answer_bytes([jsontext.dumps(sample)], ask)
+    assert jsontext.loads(whole) == GENERATE_CONTENT.answer([sample], ask) == unmarked(sample)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [None, 5, [5], [[0]], [[0, 1]], [[0, -1], [0, 9]], [[0, True]], [[0, 99]], [[1, 2]], [[0, None]], ["a"]],
+)
+def test_c12_pieces_that_are_not_those_of_the_text_are_ignored(pieces):
+    [whole] = GENERATE_CONTENT.samples(
+        {"candidates": [{"content": said({"text": "so it is"}), "finishReason": "STOP"}]}
+    )
+    ask = asked(f"{URL}:streamGenerateContent?alt=sse")
+    damaged = {"cachepipe": {"pieces": pieces}, **whole}
+    assert [*GENERATE_CONTENT.stream([damaged], ask)] == [*GENERATE_CONTENT.stream([whole], ask)]
 
 
 def test_c7_an_array_that_breaks_off_is_not_closed():

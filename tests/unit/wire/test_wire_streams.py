@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import orjson
 import pytest
 from hypothesis import given
@@ -1209,3 +1211,89 @@ def test_usage_that_moonshot_sends_in_choices_is_that_of_the_answer(number):
     assert whole["usage"] == {**usage, "completion_tokens": 4 * number, "total_tokens": 9 + 4 * number}
     assert [sample["usage"]["completion_tokens"] for sample in samples] == [4] * number
     assert all("usage" not in sample["choices"][0] for sample in samples)
+
+
+DELTAS = st.sampled_from(
+    [
+        {"content": "a"},
+        {"content": " word"},
+        {"content": ""},
+        {"content": 'quote " \\ é'},
+        {"role": "assistant", "content": "b"},
+        {"content": None},
+        {"reasoning_content": "why"},
+        {"content": "c", "refusal": None},
+        {"content": [{"type": "text", "text": "d"}]},
+        {},
+        {"tool_calls": [{"index": 0, "id": "i", "function": {"name": "f", "arguments": "{}"}}]},
+    ]
+)
+CHOICES = st.fixed_dictionaries(
+    {"index": st.sampled_from([0, 0, 0, 1, None]), "delta": DELTAS},
+    optional={
+        "finish_reason": st.sampled_from([None, None, "stop"]),
+        "logprobs": st.sampled_from([None, {"content": [{"token": "a"}]}]),
+        "message": st.sampled_from([None, {"content": "m"}]),
+    },
+)
+CHUNKS = st.fixed_dictionaries(
+    {"id": st.sampled_from(["1", "1", "2"]), "choices": st.lists(CHOICES, min_size=1, max_size=1)},
+    optional={
+        "usage": st.sampled_from([None, {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}]),
+        "error": st.just({"message": "no"}),
+        "obfuscation": st.sampled_from(["", "abc", "defgh"]),
+    },
+)
+
+
+def retold(value, number):
+    """Return a chunk with other texts."""
+    [choice] = value["choices"]
+    delta = {
+        name: f"{text}{number}" if isinstance(text, str) and name != "role" else text
+        for name, text in choice["delta"].items()
+    }
+    return {**value, "choices": [{**choice, "delta": delta}]}
+
+
+@given(st.lists(CHUNKS, max_size=12), st.integers(0, 3), st.booleans(), st.booleans())
+def test_an_event_that_differs_in_its_text_only_is_read_as_if_it_was_parsed(chunks, repeats, spaced, escaped):
+    """Whatever comes before it and after it, and however the server writes its JSON."""
+    chunks = [retold(one, number) for one in chunks for number in range(1 + repeats)]
+    separators = (", ", ": ") if spaced else (",", ":")
+    written = [json.dumps(chunk, separators=separators, ensure_ascii=escaped).encode() for chunk in chunks]
+    last = {"id": "1", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+    events = [b"data: %b\n\n" % text for text in (*written, json.dumps(last).encode(), b"[DONE]")]
+    [ask] = CHAT.split({"model": "m", "messages": [], "stream": True})
+    told = []
+    for parses in (False, True):
+        recorder = CHAT.recorder(ask=ask)
+        if parses:
+            recorder._continues = lambda _: False
+        passed = [each for event in events for each in recorder.feed(event)]
+        try:
+            samples = recorder.samples()
+        except BadAnswer as error:
+            samples = str(error)
+        told.append((passed, samples, recorder.started, recorder.ended))
+    assert told[0] == told[1]
+
+
+def test_events_that_differ_in_their_text_only_are_not_parsed(monkeypatch):
+    """OpenAI adds random letters to each event."""
+    [ask] = CHAT.split({"model": "m", "messages": [], "stream": True})
+    recorder = CHAT.recorder(ask=ask)
+    for number in range(20):
+        chunk = {
+            "id": "1",
+            "choices": [{"index": 0, "delta": {"content": f"é{number}"}, "finish_reason": None}],
+            "obfuscation": "x" * (number % 5),
+        }
+        if number == 1:
+            monkeypatch.setattr(recorder, "_take", None)
+        recorder.feed(b"data: %b\n\n" % json.dumps(chunk).encode())
+    monkeypatch.undo()
+    last = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+    recorder.feed(b"data: %b\n\ndata: [DONE]\n\n" % json.dumps(last).encode())
+    [sample] = recorder.samples()
+    assert sample["choices"][0]["message"]["content"] == "".join(f"é{number}" for number in range(20))
