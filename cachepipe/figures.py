@@ -93,7 +93,7 @@ def _figures(store: Listed, sums: Mapping[str, Statement], prices: Prices, *, sc
 
 
 def _removal(record: dict[str, Any], prices: Prices) -> dict[str, Any]:
-    told = {name: fact for name, fact in record.items() if name not in ("id", "spent", "deleting")}
+    told = {name: fact for name, fact in record.items() if name not in ("id", "lease", "spent", "deleting")}
     return {**told, "cost": Account.of(record["cost"]).as_dict(prices.cost_of_sum)}
 
 

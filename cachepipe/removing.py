@@ -7,12 +7,14 @@ transaction of each question is one of its own.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import orjson
@@ -230,15 +232,14 @@ def _remove(
     on_server = isinstance(cache, str) and is_url(cache)
     store, owned = open_store(cache, durability="process" if on_server else "full", read_only=dry_run or None)
     try:
-        found = _steps(store, selection, fits)
         removal = Removal(selected)
         if dry_run:
-            for entry, one in found:
+            for entry, one in _steps(store, selection, fits):
                 removal._add(entry, one, erases=selection.samples)  # noqa: SLF001 - of this module
             return removal
         if store.read_only:
             raise StoreError(f"the cache {store.identity} cannot be written: {store.why_read_only}")
-        return _perform(store, found, selection, removal)
+        return _perform(store, partial(_steps, store, selection, fits), selection, removal)
     finally:
         if owned:
             store.close()
@@ -251,37 +252,48 @@ def _steps(store: Store, selection: Selection, fits: Callable[[Entry], bool]) ->
 
 
 def _perform(
-    store: Any, found: Iterator[tuple[Entry, Step]], selection: Selection, removal: Removal
+    store: Any, steps: Callable[[], Iterator[tuple[Entry, Step]]], selection: Selection, removal: Removal
 ) -> Removal:
     name, at, spent = new_id(), time.time(), _Spent()
+    deleting: list[Entry] = []
+    running = False
 
-    def record(deleting: Sequence[Entry] = ()) -> None:
+    def record(*, ends: bool = False) -> None:
+        nonlocal running
         document = removal._document(name, at, spent, deleting)  # noqa: SLF001 - of this module
-        store.apply_and_wait([RecordRemoval(name, document)])
+        store.apply_and_wait([RecordRemoval(name, document, running=not ends)])
+        running = not ends
 
+    if next(steps(), None) is None:
+        removal.done = True
+        return removal
     why = f"cachepipe {told(removal.selected)}"
-    batch = list(itertools.islice(found, _AT_ONCE))
-    if batch:
+    try:
+        record()
         _settle(store)
-        record()
-    while batch:
-        done, refused = _withdrawn(store, batch)
-        if selection.samples:
-            done = _erased(store, done, why)
-        if ending := [entry for entry, one in done if one.ends]:
-            record(ending)
-            done = _deleted(store, done)
-        for entry, one in done:
-            if one.ends:
-                spent.add(entry)
-            removal._add(entry, one, erases=selection.samples)  # noqa: SLF001 - of this module
-        if refused is not None:
+        found = steps()  # from now on, no other command removes anything
+        while batch := list(itertools.islice(found, _AT_ONCE)):
+            done, refused = _withdrawn(store, batch)
+            if selection.samples:
+                done = _erased(store, done, why)
+            deleting = [entry for entry, one in done if one.ends]
+            if deleting:
+                record()
+                done = _deleted(store, done)
+            for entry, one in done:
+                if one.ends:
+                    spent.add(entry)
+                removal._add(entry, one, erases=selection.samples)  # noqa: SLF001 - of this module
+            deleting = []
+            if refused is not None:
+                raise refused
             record()
-            raise refused
-        batch = list(itertools.islice(found, _AT_ONCE))
-        removal.done = not batch
-        record()
-    removal.done = True
+        removal.done = True
+        record(ends=True)
+    finally:
+        if running:
+            with contextlib.suppress(StoreError):  # the error that is under way says more
+                record(ends=True)
     return removal
 
 
@@ -291,6 +303,7 @@ def _settle(store: Any) -> None:
         if record["deleting"]:
             record["spent"] += deleted_by(store, record)
             record["deleting"] = []
+            record.pop("lease", None)
             store.apply_and_wait([RecordRemoval(record["id"], orjson.dumps(record))])
 
 

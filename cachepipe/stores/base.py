@@ -337,13 +337,18 @@ class Dropped(NamedTuple):
 class RecordRemoval:
     """Record what a command removes; a later record with the same id replaces it.
 
+    It is refused while another command of a live process removes something: each counts what the samples that
+    it deletes have cost, and two would count the same ones.
+
     Attributes:
         id: identifies the record.
-        document: JSON of what is removed, and why.
+        document: JSON of what is removed, and why; an object.
+        running: whether the command goes on; otherwise, nothing is refused.
     """
 
     id: str
     document: bytes
+    running: bool = False
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from cachepipe.accounting import RunSums
 from cachepipe.contract.allotment import Discarded, Segment
@@ -271,6 +272,10 @@ class Ledger(ABC):
     @abstractmethod
     def delete(self, keys: Sequence[KeyRows]) -> list[bool]:
         """Delete all rows of keys that have no draws; return for each whether that was possible now."""
+
+    @abstractmethod
+    def removals(self) -> Iterable[dict[str, Any]]:
+        """Return the records of what is removed, in any order."""
 
     @abstractmethod
     def put_removal(self, name: str, document: bytes) -> None:

@@ -570,7 +570,17 @@ def _is_empty(rows: KeyRows, drop: Drop) -> bool:
 
 
 def _record_removal(ledger: Ledger, record: RecordRemoval) -> None:
-    ledger.put_removal(record.id, record.document)
+    document = record.document
+    if record.running:
+        for other in ledger.removals():
+            lease = other.get("lease")
+            if other["id"] != record.id and lease is not None and _lives(ledger, lease):
+                raise StoreError(
+                    "another command is removing something from this cache. Run this one again when the "
+                    "other has ended; if that was killed, wait a few seconds"
+                )
+        document = orjson.dumps({**orjson.loads(document), "lease": ledger.lease()})
+    ledger.put_removal(record.id, document)
 
 
 def _note_place(ledger: Ledger, note: NotePlace) -> None:

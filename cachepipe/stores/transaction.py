@@ -404,6 +404,11 @@ class SqlLedger(Ledger):
         for place in [place for place in self._sets if place[1] == number]:
             del self._sets[place]
 
+    def removals(self) -> list[dict[str, Any]]:
+        """Return the records of what is removed."""
+        found = self.ledger.execute("SELECT id, document, digest FROM removals").fetchall()
+        return [tables.read_sums(orjson.loads, name, tables.REMOVAL, *row) for name, *row in found]
+
     def put_removal(self, name: str, document: bytes) -> None:
         """Write the record of what is removed, by its id."""
         digest = tables.sums_digest(name, tables.REMOVAL, document)

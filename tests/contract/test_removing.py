@@ -297,7 +297,7 @@ def test_a_stopped_removal_is_recorded_and_leaves_the_cache_whole(folder, monkey
     monkeypatch.setattr(Queued, "apply_and_wait", stopped)
     with pytest.raises(KeyboardInterrupt):
         forget(folder, "one", samples=True)
-    assert asked == ["RecordRemoval", "Withdraw", "Erase"]
+    assert asked == ["RecordRemoval", "Withdraw", "Erase", "RecordRemoval"]
     monkeypatch.undo()
     assert verified(folder).whole
     with reading(folder) as store:

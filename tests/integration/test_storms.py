@@ -17,14 +17,16 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import forked
 import inside
 import pytest
 from valkeys import ValkeyCluster, ValkeyNode
 
-from cachepipe import OnlineAPI, Request, open_store
+from cachepipe import OnlineAPI, Request, StoreError, open_store, prune
 from cachepipe.stores.remote.verify import check
+from cachepipe.stores.sums import statements
 from cachepipe.testing import ScriptedModel
 from cachepipe.testing.postgres import PostgresServer
 
@@ -262,6 +264,58 @@ def test_c1_c2_c7_workers_and_a_server_that_are_killed_and_stopped(new_storm, se
     storm = new_storm(**(WHOLE if full else SMALL))
     storm.run("kill", "server", "stop", "kill", harms=32 if full else 3, seed=seed)
     LOG.warning("%d samples bought twice, %d allowed", survey(storm), storm.most_bought_twice)
+
+
+REMOVES = """
+import sys
+from cachepipe import StoreError, forget
+print("begins", flush=True)
+try:
+    forget(sys.argv[1], "old", samples=True)
+except StoreError as error:
+    told = str(error)
+    assert "another command is removing" in told or "no draws of the namespace" in told, told
+"""
+
+
+async def draw_all(url, model, namespace, count):
+    """Draw a sample of each question; return them."""
+    async with OnlineAPI(model, url) as pipeline:
+        requests = [Request(f"q{number}", request_id="a", namespace=namespace) for number in range(count)]
+        return [answer.data for answer in await asyncio.gather(*map(pipeline.request, requests))]
+
+
+@pytest.mark.timeout(300)
+def test_c1_c2_c6_commands_that_remove_are_killed_beside_others_and_a_worker(new_valkey_url, full):
+    """What stays is replayed, and all that was bought counts once, whatever was deleted."""
+    url, count, model = new_valkey_url() + "&lease=0.3&local=off", 2000 if full else 200, ScriptedModel()
+    dice = random.Random(0)
+    asyncio.run(draw_all(url, model, "old", count))
+    for _ in range(6 if full else 1):
+        commands = [
+            subprocess.Popen([sys.executable, "-c", REMOVES, url], stdout=subprocess.PIPE) for _ in range(2)
+        ]
+        for command in commands:
+            assert command.stdout.readline() == b"begins\n"
+        kept = asyncio.run(draw_all(url, model, "new", dice.randrange(1, count)))
+        commands[0].kill()
+        for command in commands:
+            command.stdout.close()
+            assert command.wait() in (0, -signal.SIGKILL)
+    store, _ = open_store(url)
+    with contextlib.closing(store):
+        for _ in range(2000):  # until the lease of the one that was killed has ended
+            with contextlib.suppress(StoreError):
+                prune(store)
+                break
+            time.sleep(0.01)
+        assert not check(store.session).problems
+        spent = sum(statement.spent.counts()["samples"] for statement in statements(store).values())
+        assert spent == model.generated
+        assert store.removals()
+    bought = model.generated
+    assert asyncio.run(draw_all(url, model, "new", len(kept))) == kept
+    assert model.generated == bought
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from cachepipe.contract.keys import Question
 from cachepipe.errors import StoreError
 from cachepipe.removing import forget, prune
 from cachepipe.runs import Occurrences
-from cachepipe.stores.base import Claim, Commit, Drop, Dropped, Erase, ReleaseHold, Withdraw
+from cachepipe.stores.base import Claim, Commit, Drop, Dropped, Erase, RecordRemoval, ReleaseHold, Withdraw
 from cachepipe.stores.remote import local
 from cachepipe.stores.remote.engine import Unreachable
 from cachepipe.stores.remote.session import Session
@@ -233,6 +233,37 @@ def test_many_samples_of_one_question_are_deleted(start, store):
     store.write([Commit(KEY, None, b"extra", {}) for _ in range(1200)])
     assert prune(store).samples == 1202
     assert store.session.engine.rows[KEY] == {}, "nothing is left of the question"
+
+
+def test_c6_of_two_commands_that_remove_at_once_one_is_refused(engine, start, store):
+    """Otherwise both would count what the samples have cost that they delete."""
+    other, refused = start(), []
+    emptied(store)
+
+    def begin_another():
+        with pytest.raises(StoreError, match="another command is removing something") as told:
+            prune(other)
+        refused.append(told)
+
+    before_next_swap(engine, lambda: before_next_swap(engine, begin_another))  # the first swap is the record
+    assert prune(store).questions_deleted == 1
+    assert len(refused) == 1
+    assert prune(other).questions == 0
+    [record] = store.removals()
+    assert (record["done"], record["deleting"]) == (True, [])
+    assert "lease" not in record
+
+
+def test_a_command_whose_predecessor_was_killed_is_not_refused(engine, start, store):
+    first = start()
+    emptied(store)
+    name, document = "killed", b'{"id":"killed","at":1.0,"deleting":[],"spent":[]}'
+    first.write([RecordRemoval(name, document, running=True)])
+    with pytest.raises(StoreError, match="another command is removing something"):
+        prune(store)
+    engine.close_lease(first.session.lease())
+    store.session._others.clear()
+    assert prune(store).questions_deleted == 1
 
 
 # Whole questions.

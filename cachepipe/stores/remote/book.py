@@ -7,7 +7,7 @@ written. Nothing is written here: the session swaps the rows if those that were 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from cachepipe.accounting import RunSums
 from cachepipe.contract.allotment import Discarded, Segment, answers_alike
@@ -763,6 +763,10 @@ class _Ledger(Ledger):
         for _ in keys:  # the book has one key
             self._book.delete_all()
         return [True] * len(keys)
+
+    def removals(self) -> list[dict[str, Any]]:
+        names = [name for name in self._book.show_all() if name.startswith(rows.REMOVAL)]
+        return [rows.loads(self._book.name, name, self._book.content(name) or b"") for name in names]
 
     def put_removal(self, name: str, document: bytes) -> None:
         self._book.put(rows.REMOVAL + name.encode(), document)
