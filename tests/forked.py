@@ -249,7 +249,7 @@ def Popen(args, **options):  # noqa: N802 - its name
     return kind(args, **options)
 
 
-def run(args, *, input=None, timeout=60, check=False, capture_output=False, **options):  # noqa: A002 - its name
+def run(args, *, input=None, timeout=100, check=False, capture_output=False, **options):  # noqa: A002 - its name
     """Run ``[sys.executable, …]`` as `subprocess.run` does."""
     if input is not None:
         options["stdin"] = subprocess.PIPE
