@@ -329,6 +329,10 @@ class Forwarding:
             for pid in (proxy.pid, *_children(proxy.pid)):
                 use_all_cores(pid)
             self._load.ask(proxy.port, self._paths("miss", 0), self._questions)
+            for number in range(2 * workers):  # until each worker has read most questions once
+                self._load.ask(
+                    proxy.port, [f"/ns/known@warm-{number}{CHAT}"], self._questions, connections=64
+                )
             for number in range(self._rounds + 1):
                 pids = [proxy.pid, *_children(proxy.pid)]
                 before = [self._cpu(pid) or 0.0 for pid in pids]

@@ -34,6 +34,7 @@ from cachepipe.stores.base import (
     Dropped,
     Erase,
     Erased,
+    OthersRemove,
     PartlyApplied,
     RecordRemoval,
     Store,
@@ -44,6 +45,8 @@ from cachepipe.stores.remote import is_url
 from cachepipe.stores.sums import deleted_by, made_for
 
 _AT_ONCE: Final = 500  # questions that are removed from in one transaction, or samples of one question
+_PATIENCE: Final = 5.0  # seconds to wait for another command
+_PAUSE: Final = 0.1  # seconds between two tries
 
 _T = TypeVar("_T")
 _Steps = list[tuple[Entry, Step]]
@@ -268,8 +271,8 @@ def _perform(
         removal.done = True
         return removal
     why = f"cachepipe {told(removal.selected)}"
+    _wait_for_others(record)
     try:
-        record()
         _settle(store)
         found = steps()  # from now on, no other command removes anything
         while batch := list(itertools.islice(found, _AT_ONCE)):
@@ -295,6 +298,18 @@ def _perform(
             with contextlib.suppress(StoreError):  # the error that is under way says more
                 record(ends=True)
     return removal
+
+
+def _wait_for_others(record: Callable[[], None]) -> None:
+    """Begin a record; wait a moment for another command, as the lease of one that was killed has to end."""
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return record()
+        except OthersRemove:
+            if time.monotonic() > until:
+                raise
+        time.sleep(_PAUSE)
 
 
 def _settle(store: Any) -> None:

@@ -333,6 +333,10 @@ class Dropped(NamedTuple):
     gone: bool
 
 
+class OthersRemove(StoreError):  # noqa: N818 - says what happens
+    """Another command removes something from the store."""
+
+
 @dataclass(slots=True)
 class RecordRemoval:
     """Record what a command removes; a later record with the same id replaces it.

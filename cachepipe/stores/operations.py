@@ -48,6 +48,7 @@ from cachepipe.stores.base import (
     Note,
     NotePlace,
     Operation,
+    OthersRemove,
     RecordRemoval,
     ReleaseHold,
     ReleaseLease,
@@ -570,9 +571,9 @@ def _record_removal(ledger: Ledger, record: RecordRemoval) -> None:
         for other in ledger.removals():
             lease = other.get("lease")
             if other["id"] != record.id and lease is not None and _lives(ledger, lease):
-                raise StoreError(
+                raise OthersRemove(
                     "another command is removing something from this cache. Run this one again when the "
-                    "other has ended; if that was killed, wait a few seconds"
+                    "other has ended"
                 )
         document = orjson.dumps({**orjson.loads(document), "lease": ledger.lease()})
     ledger.put_removal(record.id, document)

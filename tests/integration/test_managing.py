@@ -176,7 +176,8 @@ cachepipe.forget(cache, "one", samples=True)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_removal_that_is_killed_breaks_no_promise(cache, when):
     before = ask(cache, "two", 2)[0]
-    done = forked.run([sys.executable, "-c", KILLED, str(cache), when], timeout=60, check=False)
+    place = f"{cache}&lease=0.3" if isinstance(cache, str) else str(cache)
+    done = forked.run([sys.executable, "-c", KILLED, place, when], timeout=60, check=False)
     assert done.returncode == 9
     assert ask(cache, "two", 2) == (before, 0)
     found = json.loads(CliRunner().invoke(cli, ["verify", "--json", "--cache", str(cache)]).stdout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from cachepipe import removing
 from cachepipe.contract.draws import Draw, label
 from cachepipe.contract.keys import Question
 from cachepipe.errors import StoreError
@@ -61,6 +62,11 @@ def start(engine, tmp_path):
     engine.before_swap = engine.after_swap = None
     for store in stores:
         store.close()
+
+
+@pytest.fixture(autouse=True)
+def _do_not_wait(monkeypatch):
+    monkeypatch.setattr(removing, "_PATIENCE", 0.0)
 
 
 @pytest.fixture

@@ -393,7 +393,8 @@ class ValkeyEngine:
             return self._all(names)
         if any(name.endswith(b"/") for name in fields):
             keys = [(name, name[:-1] + b"s", name[:-1] + b"p") for name in names]
-            return [*map(_paired, self._called([("FCALL", _SOME, 3, *each, *fields) for each in keys]))]
+            # By the client, which notices a broken connection before it asks: a scan is not tried again.
+            return [*map(_paired, self._told([("FCALL", _SOME, 3, *each, *fields) for each in keys]))]
         found = self._told([("HGET", name, field) for name in names for field in fields])
         width = len(fields)
         return [_rows(fields, found[at : at + width]) for at in range(0, len(found), width)]
