@@ -36,12 +36,14 @@ class Purse:
         held: what calls have reserved, by call: the lease of its process, and the amount.
         recent: what the calls have cost that were settled while a sum was under way, by call.
         sums: the sums of the rows that are under way, and the lease of the process of each.
+        overtaken: those of them during which another sum has ended, which may have counted later rows.
     """
 
     counted: int = 0
     held: dict[str, tuple[int, int]] = field(default_factory=dict)
     recent: dict[str, int] = field(default_factory=dict)
     sums: dict[str, int] = field(default_factory=dict)
+    overtaken: set[str] = field(default_factory=set)
 
     @property
     def spent(self) -> int:
@@ -76,8 +78,8 @@ class Purse:
 
     def of_dead(self, alive: Callable[[int], bool]) -> list[str]:
         """Forget the sums of dead processes; return the calls of dead processes that hold something."""
-        self.sums = {name: lease for name, lease in self.sums.items() if alive(lease)}
-        self._fold()
+        for name in [name for name, lease in self.sums.items() if not alive(lease)]:
+            self.drop_sum(name)
         dead = {lease for lease, _ in self.held.values() if not alive(lease)}
         return [call for call, (lease, _) in self.held.items() if lease in dead]
 
@@ -95,6 +97,7 @@ class Purse:
         """Take a sum of the rows.
 
         Where others spend too it only raises what is spent, because what could not be stored is noted late.
+        A sum that another one has overtaken only raises it too.
 
         Args:
             name: the sum.
@@ -107,12 +110,15 @@ class Purse:
             self.held.pop(call, None)
         open_calls = self.held.keys() | self.recent.keys()
         found = rest + sum(cost for calls, cost in apart if open_calls.isdisjoint(calls))
-        self.counted = found if alone else max(found, self.counted)
+        lowers = alone and name not in self.overtaken
+        self.counted = found if lowers else max(found, self.counted)
+        self.overtaken.update(self.sums)
         self.drop_sum(name)
 
     def drop_sum(self, name: str) -> None:
         """Note that a sum has ended."""
         self.sums.pop(name, None)
+        self.overtaken.discard(name)
         self._fold()
 
     def _fold(self) -> None:

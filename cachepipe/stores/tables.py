@@ -441,7 +441,8 @@ def read_sums(
 def dump_purse(purse: Purse) -> bytes:
     """Return the document of a row of a budget."""
     held = [[call, *whose] for call, whose in purse.held.items()]
-    return orjson.dumps([purse.counted, held, [*purse.recent.items()], [*purse.sums.items()]])
+    sums = [[name, lease, name in purse.overtaken] for name, lease in purse.sums.items()]
+    return orjson.dumps([purse.counted, held, [*purse.recent.items()], sums])
 
 
 def load_purse(document: bytes) -> Purse:
@@ -455,7 +456,8 @@ def load_purse(document: bytes) -> Purse:
         int(counted),
         {str(call): (int(lease), int(amount)) for call, lease, amount in held},
         {str(call): int(spent) for call, spent in recent},
-        {str(name): int(lease) for name, lease in sums},
+        {str(name): int(lease) for name, lease, _ in sums},
+        {str(name) for name, _, overtaken in sums if overtaken},
     )
 
 

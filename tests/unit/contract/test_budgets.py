@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachepipe.contract.budgets import Purse, nanos
+from cachepipe.stores.tables import dump_purse, load_purse
 
 LIMIT = 100
 STEPS = ["reserve", "reserve", "store", "settle", "begin", "end", "kill"]
@@ -111,6 +112,20 @@ def test_a_sum_of_the_rows_lowers_what_is_spent_only_where_nobody_else_spends():
         purse.begin_sum("a sum", 1)
         purse.end_sum("a sum", found, [], [], alone=alone)
         assert purse.spent == spent
+
+
+def test_a_sum_that_another_one_has_overtaken_lowers_nothing():
+    """The process of a call has died after it stored its samples, which only the later sum has seen."""
+    purse = Purse()
+    assert purse.reserve("call", 1, 9, LIMIT)
+    assert purse.begin_sum("early", 2) == ["call"]
+    ended = purse.of_dead({2}.__contains__)
+    purse.begin_sum("late", 2)
+    purse = load_purse(dump_purse(purse))
+    purse.end_sum("late", 0, [(["call"], 7)], ended, alone=True)
+    purse = load_purse(dump_purse(purse))
+    purse.end_sum("early", 0, [], [], alone=True)
+    assert purse == Purse(counted=7)
 
 
 def test_a_call_whose_process_was_taken_for_dead_is_summed_again():
