@@ -1,6 +1,6 @@
 """What does the proxy add to a call? Misses, tails, streams, and several worker processes.
 
-The upstream answers with a constant, or streams events of which each is a write of its own. Where there are
+The upstream answers with a constant, or streams events, each in a write of its own. Where there are
 several processors, the proxy has one for itself. The processor time of its processes is the steadier figure:
 ``per CPU second`` is what a core of its own would answer. A frame's time is the difference between long and
 short streams, so it contains no part of the request.

@@ -348,7 +348,7 @@ def noisy(measured: dict[str, Any]) -> list[str]:
 
 
 def _references(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the entries of a table by which others are divided; a tally has none."""
+    """Return the entries by which other entries of a table are divided; for a tally, no entries."""
     if "columns" in measured:
         return []
     used = {ratio["to"] for entry in measured["entries"] for ratio in entry["ratios"]}

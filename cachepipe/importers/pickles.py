@@ -199,7 +199,7 @@ class _Machine:
         self.stack.append(Instance(kind))
 
     def member(self, _: Any) -> None:
-        """Make a member of an enumeration of Google's, whose values are strings: the string itself."""
+        """Return the string that is the value of a member of one of Google's enumerations."""
         arguments, kind = self.pop(), self.pop()
         of_google = type(kind) is Global and kind.package == _GOOGLE
         if not of_google or type(arguments) is not tuple or [*map(type, arguments)] != [str]:

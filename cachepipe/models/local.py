@@ -121,7 +121,7 @@ class _Chunks(_Form):
 
 
 class _Live:
-    """A request whose words are told while they are generated.
+    """A request that passes words on while the model generates them.
 
     Attributes:
         item: what has come: the place of a sample and its next words; None once the request has ended.

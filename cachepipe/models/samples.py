@@ -61,7 +61,7 @@ class Listener:
 
 @dataclass(frozen=True, eq=False)
 class Listened(Request):
-    """A request whose samples a listener may hear while they are generated."""
+    """A request with a listener, which may hear its samples while they are generated."""
 
     def heard_by(self, listener: Listener) -> Self:
         """Set the listener; it is not part of the question."""

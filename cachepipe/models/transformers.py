@@ -92,7 +92,7 @@ class _Text:
 
 
 class _HeardText:
-    """A text that grows by tokens, and of which a listener gets the words that will not change.
+    """A text that grows token by token; a listener gets its words as soon as they cannot change any more.
 
     Args:
         job: the request that it answers.
@@ -428,7 +428,7 @@ class TransformersModel(ProviderSamples):
         ]
 
     def _streamer(self, rows: Sequence[_Job], ends: Sequence[int]) -> _Streamer | None:
-        """Return what tells the listeners of a call about its texts; None if there are none."""
+        """Return a streamer for the listeners of a call; None if it has no listeners."""
         whole = {job.place: job for job in rows if job.listener is not None and rows.count(job) == job.n}
         open_ = {place for place, job in whole.items() if job.listener and job.listener.begin(job.head)}
         if not open_:

@@ -32,7 +32,7 @@ _REFUSED: Final = "refused"
 
 
 class MainProcessGone(CachepipeError):  # noqa: N818 - names what happened
-    """The main process of the proxy has ended, so nobody counts requests."""
+    """The main process of the proxy has ended, and with it the count of requests."""
 
 
 def refusal_of(refused: Refusal) -> list[Any]:
@@ -282,7 +282,7 @@ class SharedRun:
 
 
 class SharedOccurrences(Occurrences):
-    """The memory of a run whose numbers, and claims in memory, are in the main process.
+    """The memory of a run, which asks the main process for numbers and for claims in memory.
 
     Args:
         link: the connection to the main process.

@@ -93,7 +93,7 @@ class _Gathering:
     answers: list[Any] = field(default_factory=list)
 
     def take(self, pid: int, answer: Any = None) -> bool:
-        """Take an answer, or learn that a worker has ended; return True once nobody is awaited."""
+        """Take an answer, or learn that a worker has ended; return True once none is left to wait for."""
         if pid in self.awaited:
             self.awaited.remove(pid)
             if answer is not None:

@@ -25,7 +25,7 @@ _CONNECTIONS: Final = 64  # connections that are taken from the main process at 
 
 
 class _Protocol(HttpProtocol):
-    """The protocol of a connection whose end the main process learns."""
+    """The protocol of a connection, which tells the main process when the connection ends."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the main process, which counts connections."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
@@ -75,6 +76,7 @@ class Recent:
         self._clock = clock
         self._kept: OrderedDict[tuple[str, bytes], _Kept] = OrderedDict()
         self._bytes = 0
+        self._lock = threading.Lock()  # an event loop and the writer's thread note swaps
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -87,22 +89,23 @@ class Recent:
             swap: the swap.
             ids: the ids of the samples that its operations were shown, by index.
         """
-        now = self._clock()
-        for name, row in swap.puts.items():
-            prefix = name[:2]
-            if prefix in _KEPT:
-                self._keep(key, name, _Kept(now, row, ids if prefix == rows.DRAW else {}))
-            elif prefix == PENDING:
-                self._drop(key, name)
-        for name in swap.puts:
-            if name.startswith(rows.WHY):  # a discarded sample must not come back
-                self._drop(key, SAMPLE + name[len(rows.WHY) :])
-        for name in swap.deletes:
-            if name.startswith(PENDING):
-                self._keep(key, name, _Kept(now, None, {}))
-            else:
-                self._drop(key, name)
-        self._bound(now)
+        with self._lock:
+            now = self._clock()
+            for name, row in swap.puts.items():
+                prefix = name[:2]
+                if prefix in _KEPT:
+                    self._keep(key, name, _Kept(now, row, ids if prefix == rows.DRAW else {}))
+                elif prefix == PENDING:
+                    self._drop(key, name)
+            for name in swap.puts:
+                if name.startswith(rows.WHY):  # a discarded sample must not come back
+                    self._drop(key, SAMPLE + name[len(rows.WHY) :])
+            for name in swap.deletes:
+                if name.startswith(PENDING):
+                    self._keep(key, name, _Kept(now, None, {}))
+                else:
+                    self._drop(key, name)
+            self._bound(now)
 
     def _keep(self, key: str, name: bytes, kept: _Kept) -> None:
         self._drop(key, name)
@@ -123,15 +126,16 @@ class Recent:
 
     def pages(self, only: Collection[str] | None = None) -> dict[str, Page]:
         """Return what was written of each key, or of some keys."""
-        self._bound(self._clock())
-        found: dict[str, Page] = {}
-        for (key, name), kept in self._kept.items():
-            if only is not None and key not in only:
-                continue
-            page = found.setdefault(key, Page())
-            if kept.row is None:
-                page.ended.add(int(name[len(PENDING) :]))
-            else:
-                page.rows[name] = kept.row
-                page.ids.update(kept.ids)
-        return found
+        with self._lock:
+            self._bound(self._clock())
+            found: dict[str, Page] = {}
+            for (key, name), kept in self._kept.items():
+                if only is not None and key not in only:
+                    continue
+                page = found.setdefault(key, Page())
+                if kept.row is None:
+                    page.ended.add(int(name[len(PENDING) :]))
+                else:
+                    page.rows[name] = kept.row
+                    page.ids.update(kept.ids)
+            return found

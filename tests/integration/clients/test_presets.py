@@ -264,7 +264,7 @@ def test_an_upstream_is_named_by_a_url_or_by_a_provider():
     groq = Upstream.of("a", "groq")
     assert (groq.url, groq.mount, groq.kind) == ("https://api.groq.com/openai/v1", "/openai/v1", "openai")
     assert Upstream.of("a", "anthropic").kind == "anthropic"
-    with pytest.raises(BadSettings, match=r"expected a base URL .*, or one of .*openrouter"):
+    with pytest.raises(BadSettings, match=r"expected a base URL .*, or one of .*anthropic, .*openrouter"):
         Upstream.of("a", "openruter")
 
 
