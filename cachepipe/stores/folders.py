@@ -91,9 +91,12 @@ def _names_a_file(journal: Path, size: int) -> bool:
     """Return True if a rollback journal ends with the name of a super-journal."""
     if size < len(_JOURNAL_MAGIC):
         return False
-    with journal.open("rb") as file:
-        file.seek(-len(_JOURNAL_MAGIC), os.SEEK_END)
-        return file.read() == _JOURNAL_MAGIC
+    try:
+        with journal.open("rb") as file:
+            file.seek(-len(_JOURNAL_MAGIC), os.SEEK_END)
+            return file.read() == _JOURNAL_MAGIC
+    except FileNotFoundError:  # its transaction has ended meanwhile
+        return False
 
 
 def make(folder: Path) -> Sequence[Path]:

@@ -9,6 +9,7 @@ import pwd
 import socket
 import sqlite3
 import time
+from pathlib import Path
 
 import diskcache
 import pytest
@@ -180,6 +181,20 @@ def test_c12_a_journal_that_names_a_file_to_delete_is_refused(received, outside,
     header += (512).to_bytes(4, "big") + (4096).to_bytes(4, "big")
     (received / f"{name}-journal").write_bytes(header.ljust(512, b"\0") + record)
     refused(received, "names another file")
+
+
+def test_a_journal_whose_transaction_ends_meanwhile_names_no_file(tmp_path, monkeypatch):
+    journal = tmp_path / "cache.db-journal"
+    journal.write_bytes(b"\0" * 512)
+    opened = Path.open
+
+    def ended(path, *how):
+        path.unlink()
+        return opened(path, *how)
+
+    monkeypatch.setattr(Path, "open", ended)
+    folders.check_files(tmp_path, "cache.db")
+    assert not journal.exists()
 
 
 def test_a_journal_of_a_kill_is_rolled_back(received):

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
+import requests  # noqa: F401 - the SDK looks into it, and fails if a first import was interrupted
 from google import genai
 from google.genai import errors, types
 from pydantic import BaseModel
