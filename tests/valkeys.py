@@ -158,9 +158,12 @@ def wait_until(true, seconds=60):
 
 
 def free_port(*, bus=False):
-    """Return a port that is free; with ``bus``, so is the one for a cluster's own messages above it."""
+    """Return a port that is free; with ``bus``, so is the one for a cluster's own messages above it.
+
+    The ports are below those that Linux gives to connections, which could take one before the server does.
+    """
     while True:
-        port = random.randrange(20_000, 50_000)
+        port = random.randrange(10_100, 22_700)
         with socket.socket() as one, socket.socket() as other, contextlib.suppress(OSError):
             one.bind((ValkeyNode.host, port))
             if bus:

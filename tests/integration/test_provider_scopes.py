@@ -46,7 +46,7 @@ def _no_environment(monkeypatch):
         for name in (row.variable, row.host):
             if name is not None:
                 monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv(row.key, "k")
+        monkeypatch.setenv(row.key, "hf_k")
     monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
 
 
@@ -102,7 +102,7 @@ def key_of_proxy(proxy, name, path, body):
     path = upstream.mount + path if upstream.kind == "openai" else path
     headers = {}
     if upstream.kind == "anthropic":
-        headers["anthropic-version"] = anthropic.Anthropic(api_key="k").default_headers["anthropic-version"]
+        headers["anthropic-version"] = anthropic.Anthropic(api_key="-").default_headers["anthropic-version"]
     answer = httpx2.post(f"{proxy.url}/up/{name}{path}", json=body, headers=headers)
     assert "x-cachepipe-key" in answer.headers, answer.text
     return answer.headers["x-cachepipe-key"]
@@ -122,9 +122,9 @@ def test_c10_a_question_to_a_provider_has_one_key_on_every_surface(name, proxy, 
         keys["run"] = key_of_run(lower, tmp_path, url=path, body=body)
     keys["proxy"] = key_of_proxy(proxy, lower, path, body)
     if row.sdk in SDKS:
-        keys["wrapped"] = key_of_call(row.sdk, wrap(SDKS[row.sdk](api_key="k"), **replay))
+        keys["wrapped"] = key_of_call(row.sdk, wrap(SDKS[row.sdk](api_key="hf_k"), **replay))
     if row.protocol == "openai":
-        compatible = {"base_url": presets.located(lower), "api_key": "k"}
+        compatible = {"base_url": presets.located(lower), "api_key": "hf_k"}
         keys["compatible"] = key_of_call("openai", wrap(openai.OpenAI(**compatible), **replay))
 
     async def others():

@@ -325,7 +325,7 @@ def test_c1_c2_c6_commands_that_remove_are_killed_beside_others_and_a_worker(new
 @pytest.mark.parametrize("kind", ["failover", "failover to a replica that is behind"])
 def test_failovers_of_a_cluster_lose_the_latest_writes_at_most(new_storm, kind, full):
     """Two namespaces make the same draws. Every request is answered, and what was lost is drawn anew."""
-    size = {"workers": 2, "count": 600} if full else {"workers": 1, "count": 150}
+    size = {"workers": 2, "count": 600} if full else {"workers": 1, "count": 400}
     storm = new_storm(**size, questions=30, namespaces=2)
     storm.run(kind, harms=4 if full else 1, seed=0)
     assert len(storm.seen) == storm.total

@@ -369,8 +369,8 @@ async def test_c2_the_occurrences_of_a_large_file_are_counted_in_a_temporary_fil
     counts = []
 
     class Small(runs.Occurrences):
-        def __init__(self):
-            super().__init__(kept=10)
+        def __init__(self, kept=10):
+            super().__init__(min(kept, 10))
             counts.append(self._next)
 
     monkeypatch.setattr(runs, "Occurrences", Small)
