@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import inspect
 import json
 import sys
@@ -162,6 +163,29 @@ async def failed(client, name, server, *, stream=False):
     return caught.value
 
 
+@contextlib.asynccontextmanager
+async def untidy():
+    """Ignore that an SDK closes generators out of order.
+
+    That of Hugging Face leaves the parts of a broken stream to garbage collection.
+    """
+
+    def ignore(loop, context):
+        if "asynchronous generator is already running" not in str(context.get("exception")):
+            handler(loop, context)
+
+    loop = asyncio.get_running_loop()
+    handler = loop.get_exception_handler() or asyncio.BaseEventLoop.default_exception_handler
+    loop.set_exception_handler(ignore)
+    try:
+        yield
+    finally:
+        gc.collect()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        loop.set_exception_handler(handler)
+
+
 @pytest.mark.parametrize(("name", "half"), cases(REMOTE))
 async def test_c8_errors_and_time_outs_are_those_of_the_sdk_and_are_not_cached(server, make, name, half):
     ours, plain = make(name, half), make(name, half, plain=True)
@@ -169,13 +193,15 @@ async def test_c8_errors_and_time_outs_are_those_of_the_sdk_and_are_not_cached(s
     faults += [Fault(kind=kind) for kind in ("error_200", "malformed", "drop")]
     for fault in faults:
         for stream in sized((False,), (False, True)):
-            errors = []
-            for client in (plain, ours):
+            kinds = set()
+            for client, around in ((plain, untidy), (ours, contextlib.nullcontext)):
                 server.settings = SETTINGS.updated({"script": (fault,) * 9})
                 answered = {"error_200", "malformed"} >= {fault.kind}
                 with contextlib.suppress(pytest.fail.Exception) if answered else contextlib.nullcontext():
-                    errors.append(await failed(client, name, server, stream=stream))
-            kinds = {(type(error), getattr(error, "status_code", None)) for error in errors}
+                    async with around():
+                        error = await failed(client, name, server, stream=stream)
+                        kinds.add((type(error), getattr(error, "status_code", None)))
+                        del error  # it refers to the stream
             assert len(kinds) <= 1, fault
     server.settings = SETTINGS.updated({"paused": True})
     hasty = [make(name, half, timeout=0.05, plain=plain) for plain in (True, False)]
