@@ -375,6 +375,9 @@ class CachedAsyncClient(_CachedClient):
         sdk: Any = super()
         await sdk.aclose()
 
+    def __del__(self) -> None:
+        """Close nothing, because copies share the cache and the connections. Version 3.0 of the SDK would."""
+
 
 class Gemini(CachedClient, genai.Client):
     """``google.genai.Client`` with a cache, for any number of threads; ``aio`` is its asynchronous half.

@@ -11,6 +11,7 @@ import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import pytest
 import stubs
@@ -232,7 +233,6 @@ def test_a_row_made_here_is_enough_for_a_service_and_the_commands(mine, server, 
 
 def test_what_openrouter_billed_is_the_price_streamed_or_not(monkeypatch):
     """Its answers say what they have cost, also for models that no table lists."""
-    http = pytest.importorskip("httpx2")
     usage = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12, "cost": 0.00025}
     head = {"id": "gen-1", "created": 1, "model": "someone/new"}
     ending = {"message": {"role": "assistant", "content": "So."}, "finish_reason": "stop", "index": 0}
@@ -243,11 +243,11 @@ def test_what_openrouter_billed_is_the_price_streamed_or_not(monkeypatch):
 
     def respond(request):
         if json.loads(request.content).get("stream"):
-            return http.Response(200, headers={"content-type": "text/event-stream"}, content=events)
-        return http.Response(200, json=whole)
+            return httpx.Response(200, headers={"content-type": "text/event-stream"}, content=events)
+        return httpx.Response(200, json=whole)
 
     monkeypatch.setenv("OPENROUTER_API_KEY", "k")
-    transport = http.Client(transport=http.MockTransport(respond))
+    transport = httpx.Client(transport=httpx.MockTransport(respond))
     with clients.OpenRouter(cache=MemoryStore(), http_client=transport) as client:
         first = info(ask(client))
         stream = ask(client, stream=True)
