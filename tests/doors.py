@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import functools
 import importlib
+import importlib.metadata
 import inspect
 import json
 import sys
@@ -296,6 +297,8 @@ class Door:
 
 
 _COMPATIBLE = "OpenAI, Azure, compatible"
+_TOGETHERS = "/v1" if importlib.metadata.version("together").startswith("2.") else ""
+"""The end of the base URL in version 2 of Together's SDK; version 3 has it in its paths."""
 DOORS = {
     door.name: door
     for door in (
@@ -306,7 +309,7 @@ DOORS = {
             for name in presets.compatible()
             if not name.startswith("Async")
         ),
-        Door("Together", "Together", TOGETHER, "together", "Together", place="", mount=""),
+        Door("Together", "Together", TOGETHER, "together", "Together", place=_TOGETHERS, mount=_TOGETHERS),
         Door("Groq", "Groq", GROQ, "groq", "Groq", place="", mount=""),
         Door("Anthropic", "Anthropic", ANTHROPIC, "anthropic", "Anthropic", "anthropic", "", ""),
         Door("Gemini", "Gemini", GEMINI, "google.genai", "Client", "gemini", "", ""),
