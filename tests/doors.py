@@ -483,14 +483,17 @@ def _events(events):
 
 
 async def said_by_all(url, folder, *names):
-    """Ask doors in all ways, streamed and not, in namespace a; return what they say, as JSON has it."""
+    """Ask doors in all ways that their SDKs have, in namespace a; return what they say, as JSON has it."""
     said = {}
     for door in map(DOORS.__getitem__, names):
         client = door.made(url + door.place, asynchronous=False, cache=folder, namespace="a")
         for name, way in door.ways.items():
             for stream in (False, True):
-                if way.arguments is not None and (way.streamed or not stream):
-                    where = placed(client, way, url)
+                where = placed(client, way, url)
+                path = way.streamed[0] if stream and way.streamed else way.method
+                if way.arguments is None or found(where, path) is None:
+                    continue
+                if way.streamed or not stream:
                     answer = await asked(where, way, f"{door.name}, {name}", stream=stream)
                     said[f"{door.name}, {name}, {stream}"] = told(answer)
         client.close()
