@@ -490,8 +490,7 @@ async def said_by_all(url, folder, *names):
         for name, way in door.ways.items():
             for stream in (False, True):
                 where = placed(client, way, url)
-                path = way.streamed[0] if stream and way.streamed else way.method
-                if way.arguments is None or found(where, path) is None:
+                if way.arguments is None or found(where, way.method) is None:
                     continue
                 if way.streamed or not stream:
                     answer = await asked(where, way, f"{door.name}, {name}", stream=stream)
