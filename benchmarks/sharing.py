@@ -13,6 +13,7 @@ with all questions, the first half of which another cache has answered.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 import time
@@ -23,7 +24,7 @@ from typing import Any
 import orjson
 
 from benchmarks import data
-from benchmarks.harness import Count, Sizes, Tally, expect
+from benchmarks.harness import Count, Sizes, Tally, expect, use_all_cores
 from benchmarks.memory import MODEL, NAMESPACE, SCOPE, fill, peak_of
 from cachepipe import export, import_, sync
 from cachepipe.batch import plan_file
@@ -122,7 +123,8 @@ class _Caches:
 
 @contextlib.asynccontextmanager
 async def tables(sizes: Sizes, folder: Path) -> AsyncIterator[list[Tally]]:
-    """Yield a tally of each step."""
+    """Yield a tally of each step. The steps may use several threads, and so all cores."""
+    use_all_cores(os.getpid())
     caches = _Caches(folder if sizes.keep is None or sizes.check else sizes.keep / "sharing")
     many = sizes.pick(sizes.size or 200_000, 400)
     yield [
