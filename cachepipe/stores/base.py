@@ -685,7 +685,7 @@ class Store(Protocol):
         ...
 
     def recall(self, draw: Draw, n: int) -> Grant | None:
-        """Return the first n samples of a draw whose samples are all stored, else None. Only reads."""
+        """Return the first n samples of a draw if all of them are stored, else None. Only reads."""
         ...
 
     def look(self, claims: Sequence[Claim], *, urgent: bool) -> asyncio.Future[list[Grant | bool]] | None:

@@ -70,6 +70,6 @@ class MemoryStore(SqlStore):
             yield
 
     def recall(self, draw: Draw, n: int) -> Grant | None:
-        """Return the first n samples of a draw whose samples are all stored, else None."""
+        """Return the first n samples of a draw if all of them are stored, else None."""
         with self._lock:
             return super().recall(draw, n)

@@ -174,7 +174,7 @@ class SqlReader:
         )
 
     def recall(self, draw: Draw, n: int) -> Grant | None:
-        """Return the first n samples of a draw whose samples are all stored, else None.
+        """Return the first n samples of a draw if all of them are stored, else None.
 
         Raises:
             StoreError: when the files cannot be read.

@@ -36,7 +36,7 @@ MARK = "cachepipe"
 """The first name of a sample that has a mark."""
 
 _SHARED = {"prompt": "shared"}
-"""The mark of a sample whose prompt was billed with another sample of the same call."""
+"""Marks a sample: another sample of the same call has paid for the prompt."""
 _MARKED_BYTES = re.compile(rb'\{"cachepipe":\{(?:"(?:pieces":[][,0-9nul]*|prompt":"shared"),?){0,2}\},')
 
 TRANSPORT_VERSION = 2

@@ -6,7 +6,6 @@ import asyncio
 from dataclasses import dataclass, replace
 
 import pytest
-from profiles import sized
 
 import cachepipe
 from cachepipe import (
@@ -15,7 +14,6 @@ from cachepipe import (
     BadAnswer,
     Batch,
     LocalAPI,
-    MemoryStore,
     NotStored,
     OnlineAPI,
     Request,
@@ -81,7 +79,6 @@ async def test_c7_a_request_may_be_cancelled_at_every_await(new_store, kind, at_
     turns = 0
     while not finished:
         model, store = ScriptedModel(turns=2), new_store()
-        in_memory = isinstance(store, MemoryStore)
         pipeline = make_pipeline(kind, model, store)
         if kind == "locked":
             pipeline.store.locked = True
@@ -105,7 +102,7 @@ async def test_c7_a_request_may_be_cancelled_at_every_await(new_store, kind, at_
         assert falses + at_hand + stats.unreported == stats.generated, f"C6, cancelled after {turns} turns"
         store.close()
         # A locked store's thread takes as long as it takes, in turns; the first turns matter most.
-        turns += 1 + turns // (8 if in_memory else sized(3, 8))
+        turns += 1 + turns // 8
     assert turns > (3 if at_hand < 2 else 0)
 
 

@@ -188,7 +188,7 @@ class Engine(Protocol):
         ...
 
     def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | Rows | None]:
-        """Perform each swap whose expected rows are current, as a whole.
+        """Perform each swap as a whole if its expected rows are current.
 
         Args:
             swaps: the swaps, each of another key.

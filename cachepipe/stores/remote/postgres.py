@@ -249,7 +249,7 @@ class PostgresEngine:
         return self.read([read])[0]
 
     def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | Rows | None]:
-        """Perform each swap whose expected rows are current, as a whole; see ``Engine.swap``.
+        """Perform each swap as a whole if its expected rows are current; see ``Engine.swap``.
 
         What is performed is one transaction.
         """

@@ -631,7 +631,7 @@ class Session:
         return begun
 
     def recalled(self, draw: Draw, n: int, found: Rows, *, waits: bool = True) -> Grant | None:
-        """Return the first n samples of a draw whose samples are all stored, else None.
+        """Return the first n samples of a draw if all of them are stored, else None.
 
         Args:
             draw: the draw.

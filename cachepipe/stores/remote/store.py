@@ -225,7 +225,7 @@ class RemoteStore(Queued, Listing):
     # Reading.
 
     def recall(self, draw: Draw, n: int) -> Grant | None:
-        """Return the first n samples of a draw whose samples are all stored, else None.
+        """Return the first n samples of a draw if all of them are stored, else None.
 
         On an event loop it returns None at once if this machine has no copy: a claim then reads them,
         together with others.

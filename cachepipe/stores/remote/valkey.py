@@ -327,7 +327,7 @@ class ValkeyEngine:
         return _pages([read], answers)[0] if holder is None or int(holder) == who else None
 
     def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | Rows | None]:
-        """Perform each swap whose expected rows are current, as a whole; see ``Engine.swap``."""
+        """Perform each swap as a whole if its expected rows are current; see ``Engine.swap``."""
         return [*map(_swapped, swaps, self._called(self._swapping(swaps, who, RECEIPT)))]
 
     def swap_soon(
